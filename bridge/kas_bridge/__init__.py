@@ -1,0 +1,1 @@
+"""kas-bridge: a libp2p overlay in front of an unmodified kaspad."""
