@@ -15,7 +15,7 @@
     │  └─ UpgradeTimeout      the peer stalled; says at which stage
     ├─ Refused                we said no before it cost anything: gate, limit, ban; names which
     ├─ ConnectionLost         a connection ended under its streams; carries why     (also trio.BrokenResourceError)
-    ├─ StreamReset            one stream was reset, by which side and with which code     (also trio.BrokenResourceError)
+    ├─ StreamReset            one stream was reset, by which side and with which code    (also trio.BrokenResourceError)
     ├─ ProtocolError          somebody broke a protocol
     │  ├─ RemoteProtocolError the peer did
     │  └─ LocalProtocolError  the caller did

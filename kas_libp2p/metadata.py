@@ -5,9 +5,12 @@ Code asks for the path, never for the text of an address.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
+
+import trio
 
 PeerId = NewType("PeerId", str)
 """A peer id in its base58btc text form (``12D3KooW…`` or ``Qm…``)."""
@@ -90,3 +93,23 @@ class TransportMetadata:
     def dialect(self) -> Dialect | None:
         """The Kaspa dialect of this stream, or ``None`` if it carries something else."""
         return next((dialect for dialect in Dialect if dialect == self.protocol), None)
+
+
+class OverlayStream(trio.abc.HalfCloseableStream):
+    """A byte stream to a peer, whatever the way: what everything above the transport sees.
+
+    Closing with ``aclose`` ends it in order; `reset` ends it at once in both directions.
+    """
+
+    @property
+    @abstractmethod
+    def metadata(self) -> TransportMetadata:
+        """Who is at the other end, and by which way. Taken anew at each read, as round trip and path may change."""
+
+    @abstractmethod
+    def reset(self, code: int = 0) -> None:
+        """End both directions at once, without waiting.
+
+        Args:
+            code: libp2p stream error code that the peer is told, 0 for none.
+        """
