@@ -101,6 +101,8 @@ class OverlayStream(trio.abc.HalfCloseableStream):
     Closing with ``aclose`` ends it in order; `reset` ends it at once in both directions.
     """
 
+    __slots__ = ()
+
     @property
     @abstractmethod
     def metadata(self) -> TransportMetadata:

@@ -1,0 +1,623 @@
+"""One secured, multiplexed connection: the Noise ciphers and the Yamux machine on a byte pipe.
+
+How bytes come in
+    One task reads. It borrows two large buffers from a pool, reads as much as there is into the one, opens every whole
+    Noise message into the other, and hands it all to the machine, which copies payload out once. Each stream is woken
+    once per read. Before it waits, the task gives the buffers back: an idle connection holds none. It never stops
+    reading to slow a stream down; windows do that.
+
+How bytes go out
+    A write appends to the queue of its stream. `Connection.flush` takes what all streams have, by turns, seals it into
+    full Noise messages and gives it to the pipe in one call. It waits for nothing and runs in whichever task has a
+    reason to: the writer that is the first since the line was idle (a small message leaves with no turn of the
+    scheduler), the writer that filled its queue, or the flusher task, to which everybody else leaves it and which is
+    the only one that waits for the pipe. So small writes are gathered under load, and never held back without.
+
+    How much is sealed ahead follows what the pipe takes at once, so a slow line holds little that can't be overtaken.
+
+How it ends
+    `aclose` sends what is queued, says "go away", ends the pipe, and waits a bounded time for the peer to do the same.
+    Whatever else ends it (the peer, a broken rule, silence, cancellation) is a reason that every stream is told.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Collection
+from enum import StrEnum
+from typing import Any
+
+import trio
+from trio.lowlevel import checkpoint, checkpoint_if_cancelled
+
+from kas_libp2p.config import KIB, YamuxConfig
+from kas_libp2p.errors import ConnectionLost, LocalProtocolError, Refused, RemoteProtocolError, SecurityError
+from kas_libp2p.metadata import Direction, Path, PeerId
+from kas_libp2p.transport import multistream
+from kas_libp2p.transport._multistream import Proposer
+from kas_libp2p.transport._noise import FULL_FRAME, MAX_PLAINTEXT, Secured, sealed_size
+from kas_libp2p.transport._waiter import Waiter
+from kas_libp2p.transport.raw import RawConnection
+from kas_libp2p.transport.yamux._machine import Batch, GoAway, Machine, Stream
+from kas_libp2p.transport.yamux.stream import YamuxStream
+
+READ_BUFFER = 256 * KIB
+"""Bytes read at once: the work per read becomes small beside the work per byte, and it fits the second-level cache."""
+FEW_BYTES = 16 * KIB
+"""A read of less found the line nearly empty: the next one waits for it to be readable instead of trying at once."""
+MAX_BATCH = 4 * MAX_PLAINTEXT
+"""Plaintext bytes sealed at once at most: four full Noise messages."""
+MIN_BATCH = 16 * KIB
+"""Plaintext bytes sealed at once at least, on a line that takes little."""
+FLUSH_BUDGET = 4 * MAX_BATCH
+"""Bytes after which a flush lets other tasks run: about a millisecond's worth."""
+POOLED = 4
+"""Idle buffers of each kind that are kept: as many connections as are likely to be in the middle of a read or write."""
+CLOSE_TIMEOUT = 1.0
+"""Seconds that `Connection.aclose` gives what is queued to leave, as far as the peer's windows let it."""
+CLOSE_LINGER = 0.25
+"""Seconds that it then waits for the peer's end: closing a socket with unread data would destroy what is under way."""
+WIRE_BUFFER = sealed_size(MAX_BATCH + 4 * KIB)
+
+_numbers = itertools.count(1)
+
+
+class _Pool:
+    """Buffers that are in use only while there is data in them."""
+
+    __slots__ = ("_buffers", "_size")
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._buffers: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        try:
+            return self._buffers.pop()
+        except IndexError:
+            return memoryview(bytearray(self._size))
+
+    def give(self, buffer: memoryview) -> None:
+        if len(self._buffers) < POOLED:
+            self._buffers.append(buffer)
+
+
+_reading = _Pool(max(READ_BUFFER, FULL_FRAME))
+_writing = _Pool(WIRE_BUFFER)
+
+
+class Layer(StrEnum):
+    """Whose rules a peer broke; the words of `kas_libp2p.events.PeerMisbehaved`."""
+
+    NOISE = "noise"
+    YAMUX = "yamux"
+
+
+class Connection:
+    """One secured, multiplexed connection to a proven peer. Made by `kas_libp2p.transport.upgrade.upgrade`.
+
+    Nothing happens before `run`.
+
+    Attributes:
+        number: counts the connections of this process.
+        peer: the proven peer id.
+        public_key: its key as libp2p protobuf.
+        path: the way it takes.
+        initiator: whether this side is the initiator, whoever accepted the TCP connection.
+        direction: outbound for the initiator.
+        local_address, remote_address: multiaddrs as text.
+        opened_at: seconds on trio's clock.
+        received, sent: bytes on the wire since the handshake.
+        close_reason: why it ended; ``None`` while it has not.
+        misbehaviour: the layer whose rules the peer broke, and how, if that is why it ended.
+        limit_hits: how often each limit refused a stream.
+        send_high_water: bytes that one stream may hold unsent before its writer waits.
+    """
+
+    def __init__(
+        self,
+        raw: RawConnection,
+        secured: Secured,
+        *,
+        initiator: bool,
+        path: Path,
+        config: YamuxConfig,
+        negotiation_timeout: float,
+        rtt: float | None = None,
+        wire: bytes = b"",
+        plain: bytes = b"",
+    ) -> None:
+        now = trio.current_time()
+        self.number = next(_numbers)
+        self.peer: PeerId = secured.peer
+        self.public_key = secured.public_key
+        self.path = path
+        self.initiator = initiator
+        self.direction = Direction.OUTBOUND if initiator else Direction.INBOUND
+        self.local_address = raw.local_address
+        self.remote_address = raw.remote_address
+        self.opened_at = now
+        self.received = 0
+        self.sent = 0
+        self.close_reason: str | None = None
+        self.misbehaviour: tuple[Layer, str] | None = None
+        self.send_high_water = config.send_high_water
+        self._raw = raw
+        self._seal_into = secured.sealer.seal_into
+        self._open_into = secured.opener.open_into
+        self._machine = Machine(config, initiator=initiator, now=now, rtt=rtt)
+        self._negotiation_timeout = negotiation_timeout
+        self._unopened = wire
+        self._early = plain
+        self._on_stream: Callable[[YamuxStream], None] | None = None
+        self._on_limit: Callable[[str], None] | None = None
+        self._scope: trio.CancelScope | None = None
+        self._timer: trio.CancelScope | None = None
+        self._ended: trio.Event | None = None
+        self._ready = True
+        self._flusher = Waiter()
+        self._kicked = False
+        self._blocked = False
+        self._quiet = True
+        self._batch = MAX_BATCH
+        self._wire: memoryview | None = None
+        self._wire_start = 0
+        self._wire_end = 0
+        self._closing: str | None = None
+        self._aborted = False
+        self._finished = False
+        self._drained: trio.Event | None = None
+        self._pings: dict[int, trio.Event] = {}
+        self._pongs: dict[int, float] = {}
+
+    def __repr__(self) -> str:
+        return f"<connection {self.number} {self.direction} to {self.peer} at {self.remote_address}>"
+
+    @property
+    def rtt(self) -> float | None:
+        """The last measured round trip in seconds; the first comes from the handshake."""
+        return self._machine.rtt
+
+    @property
+    def streams(self) -> Collection[YamuxStream]:
+        """The streams that are not closed by both sides."""
+        return [stream.owner for stream in self._machine.streams.values()]
+
+    @property
+    def limit_hits(self) -> Counter[str]:
+        """How often each limit refused a stream."""
+        return self._machine.hits
+
+    @property
+    def closing(self) -> bool:
+        """Whether it takes no new streams, or has ended."""
+        machine = self._machine
+        return self.close_reason is not None or machine.stopped or machine.go_away_received is not None
+
+    # Running
+
+    async def run(
+        self,
+        on_stream: Callable[[YamuxStream], None],
+        *,
+        on_limit: Callable[[str], None] | None = None,
+        task_status: Any = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Carry the streams until the connection ends, for whatever reason. Runs once.
+
+        Args:
+            on_stream: called with each stream that the peer opens; must not raise nor block. Usually it starts a task.
+            on_limit: called with the name of the limit each time that a stream of the peer is refused.
+        """
+        if self._on_stream is not None:
+            raise LocalProtocolError("a connection runs once")
+        self._on_stream = on_stream
+        self._on_limit = on_limit
+        try:
+            if self.close_reason is None:
+                async with trio.open_nursery() as nursery:
+                    self._scope = nursery.cancel_scope
+                    nursery.start_soon(self._flush_loop)
+                    task_status.started()
+                    await self._read_loop()
+                    nursery.cancel_scope.cancel()
+            else:
+                task_status.started()
+                await checkpoint()
+        finally:
+            if self.close_reason is None:
+                self._aborted = True
+                self._end("it was cancelled on this side")
+            if self._aborted:
+                self._raw.abort()
+            else:
+                with trio.CancelScope(shield=True):  # never waits for the peer
+                    await self._raw.aclose()
+            self._release_wire()
+            self._finished = True
+            if self._ended is not None:
+                self._ended.set()
+
+    async def _read_loop(self) -> None:
+        raw = self._raw
+        receive_nowait = raw.receive_nowait
+        open_into = self._open_into
+        unopened, self._unopened = self._unopened, b""
+        try:
+            if self._early:
+                early, self._early = self._early, b""
+                self._deliver(memoryview(early))
+            while self.close_reason is None:
+                wire, plain = _reading.take(), _reading.take()
+                try:
+                    count: int | None = READ_BUFFER
+                    filled = len(unopened)
+                    wire[:filled] = unopened
+                    while True:
+                        if filled:
+                            used, made = open_into(wire[:filled], plain)
+                            if made:
+                                self._deliver(plain[:made])
+                            filled -= used
+                            if used and filled:
+                                wire[:filled] = wire[used : used + filled]
+                        if count is None or count < FEW_BYTES:
+                            break
+                        if count < READ_BUFFER:
+                            await checkpoint()
+                        count = receive_nowait(wire[filled:])
+                        if not count:
+                            break
+                        self.received += count
+                        filled += count
+                    unopened = bytes(wire[:filled])
+                finally:
+                    _reading.give(wire)
+                    _reading.give(plain)
+                if count == 0:
+                    return self._end(self._eof_reason(unopened))
+                await raw.wait_readable()
+        except SecurityError as error:
+            self._misbehaved(Layer.NOISE, str(error))
+        except RemoteProtocolError as error:
+            self._misbehaved(Layer.YAMUX, str(error))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._end(f"the connection broke: {error}" if str(error) else "the connection broke")
+
+    def _eof_reason(self, unopened: bytes) -> str:
+        code = self._machine.go_away_received
+        if code is not None and code != GoAway.NORMAL:
+            names = {GoAway.PROTOCOL_ERROR: "a protocol error", GoAway.INTERNAL_ERROR: "an internal error"}
+            return f"the peer closed it because of {names.get(GoAway(code)) if code in (1, 2) else f'code {code:#x}'}"
+        return "the peer closed it" + (" in the middle of a message" if unopened else "")
+
+    def _misbehaved(self, layer: Layer, what: str) -> None:
+        if self.close_reason is None:
+            self.misbehaviour = (layer, what)
+            if layer is Layer.YAMUX:
+                self.flush()  # the "go away", as far as it leaves at once
+        self._end(what)
+
+    def _deliver(self, plain: memoryview) -> None:
+        machine = self._machine
+        batch = machine.receive(plain, trio.current_time())
+        self._quiet = True
+        if batch.opened or batch.refused or batch.pongs:
+            self._notice(batch)
+        for stream in batch.changed:
+            owner = stream.owner
+            if owner is not None:
+                owner._changed()
+        if machine.pending:
+            self.flush_soon()
+
+    def _notice(self, batch: Batch) -> None:
+        on_stream, on_limit = self._on_stream, self._on_limit
+        assert on_stream is not None
+        for state in batch.opened:
+            if state.reset is None:  # opened and reset in one breath
+                state.owner = stream = YamuxStream(self, state, trio.current_time())
+                on_stream(stream)
+        for value, seconds in batch.pongs:
+            event = self._pings.pop(value, None)
+            if event is not None:
+                self._pongs[value] = seconds
+                event.set()
+        if on_limit is not None:
+            for limit in batch.refused:
+                on_limit(limit)
+
+    # Sending
+
+    def write(self, stream: Stream, data: bytes, *, now: bool = True) -> None:
+        """Queue data of a stream; for `YamuxStream`.
+
+        Args:
+            now: whether it may leave in this call. Else it leaves with what else is written in this turn of the
+                scheduler.
+        """
+        self._machine.write(stream, data)
+        if now and self._quiet:
+            # What follows in this turn is gathered, until the flusher has had its turn or something was heard.
+            self._quiet = False
+            self.flush()
+        elif not self._kicked:
+            self._kicked = True
+            self._flusher.wake()
+
+    def flush_soon(self) -> None:
+        """Have the flusher send what is queued, in the next turn of the scheduler."""
+        if not self._kicked:
+            self._kicked = True
+            self._flusher.wake()
+
+    def flush(self) -> None:
+        """Send what is queued as far as the pipe takes it now. Never waits, never fails."""
+        if self._blocked or self.close_reason is not None:
+            return
+        machine = self._machine
+        send_nowait = self._raw.send_nowait
+        budget = FLUSH_BUDGET
+        try:
+            while True:
+                wire = self._wire
+                if wire is None:
+                    pieces, size = machine.take(self._batch)
+                    if not size:
+                        if self._drained is not None:
+                            self._drained.set()
+                        return
+                    if machine.drained:
+                        for stream in machine.drained:
+                            if stream.owner is not None:
+                                stream.owner._writable.wake()
+                        machine.drained.clear()
+                    room = sealed_size(size)  # beyond a batch only with a crowd of answers
+                    wire = _writing.take() if room <= WIRE_BUFFER else memoryview(bytearray(room))
+                    self._wire = wire
+                    self._wire_start = 0
+                    self._wire_end = self._seal_into(pieces[0] if len(pieces) == 1 else b"".join(pieces), wire)
+                    budget -= size
+                start, end = self._wire_start, self._wire_end
+                count = send_nowait(wire[start:end])
+                self.sent += count
+                if start + count < end:
+                    self._wire_start = start + count
+                    self._batch = max(MIN_BATCH, min(MAX_BATCH, count))
+                    self._blocked = True
+                    self._flusher.wake()
+                    return
+                self._release_wire()
+                if self._batch < MAX_BATCH:
+                    self._batch = min(MAX_BATCH, 2 * self._batch)
+                if budget <= 0:
+                    self.flush_soon()
+                    return
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._end(f"the connection broke: {error}" if str(error) else "the connection broke")
+
+    def _release_wire(self) -> None:
+        wire, self._wire = self._wire, None
+        if wire is not None and len(wire) == WIRE_BUFFER:
+            _writing.give(wire)
+
+    async def _flush_loop(self) -> None:
+        machine = self._machine
+        raw = self._raw
+        while self._alive():
+            with trio.CancelScope(deadline=machine.next_deadline()) as self._timer:
+                while self._alive():
+                    if self._blocked:
+                        try:
+                            await raw.wait_writable()
+                        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                            self._end(f"the connection broke: {error}" if str(error) else "the connection broke")
+                            return
+                        self._blocked = False
+                        self._kicked = False
+                        self.flush()
+                    elif self._kicked:
+                        self._kicked = False
+                        self.flush()
+                        self._quiet = True
+                        if self._kicked:
+                            await checkpoint()
+                    else:
+                        await self._flusher.wait()
+            if self._alive():
+                dead = machine.on_timeout(trio.current_time())
+                if dead is not None:
+                    self._aborted = True
+                    self._end(dead)
+                elif machine.pending:
+                    self.flush()
+
+    def _alive(self) -> bool:
+        return self.close_reason is None
+
+    def _rearm(self) -> None:
+        """A deadline may have come nearer."""
+        timer = self._timer
+        if timer is not None:
+            deadline = self._machine.next_deadline()
+            if deadline < timer.deadline:
+                timer.deadline = deadline
+
+    # Streams
+
+    async def open_stream(self, *protocols: str) -> YamuxStream:
+        """Open a stream.
+
+        Args:
+            protocols: one: it is proposed and taken for agreed, without a round trip; if the peer does not speak it,
+                reading and writing raise `NegotiationError`. Several: negotiated before this returns, in order of
+                preference. None: the stream is bare.
+
+        Raises:
+            NegotiationError: the peer speaks none of several protocols.
+            UpgradeTimeout: it did not answer in time.
+            Refused: a limit of ours is reached.
+            ConnectionLost: the connection ended, or is about to.
+        """
+        await checkpoint_if_cancelled()
+        if self.close_reason is not None:
+            raise ConnectionLost(self.close_reason)
+        if self._on_stream is None:
+            raise LocalProtocolError("the connection is not running")
+        proposer = Proposer(protocols) if protocols else None
+        now = trio.current_time()
+        try:
+            state = self._machine.open(now)
+        except LocalProtocolError as error:
+            raise ConnectionLost(str(error)) from None
+        except Refused as error:
+            if self._on_limit is not None:
+                self._on_limit(error.limit)
+            raise
+        state.owner = stream = YamuxStream(self, state, now)
+        if proposer is None:
+            self.flush_soon()
+        elif len(protocols) == 1:
+            stream._start(proposer)
+        else:
+            await multistream.propose(stream, proposer, self._negotiation_timeout)
+        return stream
+
+    async def accept(self, stream: YamuxStream, protocols: Collection[str]) -> str:
+        """Agree with the peer on the protocol of a stream that it opened.
+
+        Args:
+            protocols: what is spoken here.
+
+        Returns:
+            the protocol; also as ``stream.protocol``.
+
+        Raises:
+            NegotiationError: the peer broke the rules, proposed too often, or went away. The stream is reset.
+            UpgradeTimeout: it said nothing for too long. The stream is reset.
+            ConnectionLost, StreamReset: the stream ended.
+        """
+        return await multistream.accept(stream, protocols, self._negotiation_timeout)
+
+    async def ping(self) -> float:
+        """Measure the round trip in seconds, to the peer's multiplexer and back.
+
+        Raises:
+            ConnectionLost: the connection ended before the answer came.
+        """
+        await checkpoint_if_cancelled()
+        if self.close_reason is not None:
+            raise ConnectionLost(self.close_reason)
+        value = self._machine.ping(trio.current_time())
+        event = self._pings[value] = trio.Event()
+        self.flush_soon()
+        self._rearm()
+        try:
+            await event.wait()
+        finally:
+            self._pings.pop(value, None)
+        if value in self._pongs:
+            return self._pongs.pop(value)
+        raise ConnectionLost(f"the connection ended: {self.close_reason}")
+
+    def finish(self, stream: Stream) -> None:
+        """End our direction of a stream; for `YamuxStream`."""
+        self._machine.finish(stream)
+        self.flush_soon()
+
+    def reset(self, stream: Stream, code: int) -> None:
+        """Reset a stream; for `YamuxStream`."""
+        self._machine.reset(stream, code)
+        self.flush_soon()
+
+    def close(self, stream: Stream) -> None:
+        """Close a stream; for `YamuxStream`."""
+        self._machine.close(stream, trio.current_time())
+        self._rearm()
+        self.flush_soon()
+
+    def consumed(self, stream: Stream) -> None:
+        """Grant what was read of a stream; for `YamuxStream`."""
+        if self._machine.consumed(stream, trio.current_time()):
+            self._rearm()
+            self.flush()
+
+    # Ending
+
+    async def aclose(self, reason: str = "") -> None:
+        """End in order: what is queued leaves as far as the peer takes it, then "go away", then the end of the pipe.
+
+        Takes at most `CLOSE_TIMEOUT` + `CLOSE_LINGER`. If cancelled, the connection is aborted.
+
+        Args:
+            reason: why, in words; the streams are told.
+        """
+        reason = reason or "it was closed on this side"
+        if self._on_stream is None:
+            self._end(reason)
+            await self._raw.aclose()
+            return
+        if self.close_reason is not None or self._closing is not None:
+            await self.wait_closed()
+            return
+        self._closing = reason
+        self._machine.stop()
+        done = False
+        try:
+            for stream in list(self._machine.streams.values()):
+                if stream.owner is not None:
+                    stream.owner._lose(reason)
+            with trio.move_on_after(CLOSE_TIMEOUT):
+                await self._drain()
+            self._machine.go_away()
+            with trio.move_on_after(CLOSE_LINGER):
+                await self._drain()
+                self._raw.send_eof()
+                await self.wait_closed()
+            done = True
+        finally:
+            self._aborted = self._aborted or not done
+            self._end(reason)
+        await self.wait_closed()
+
+    async def _drain(self) -> None:
+        """Wait until all that can be sent is sent."""
+        self.flush()
+        while self.close_reason is None and (self._wire is not None or self._machine.sendable()):
+            self._drained = trio.Event()
+            await self._drained.wait()
+        self._drained = None
+        await checkpoint()
+
+    def abort(self, reason: str = "") -> None:
+        """End at once, without telling the peer why."""
+        self._aborted = True
+        self._end(reason or "it was aborted on this side")
+        if self._on_stream is None:
+            self._raw.abort()
+
+    async def wait_closed(self) -> None:
+        """Return when `run` has ended."""
+        if self._on_stream is None or self._finished:
+            await checkpoint()
+            return
+        if self._ended is None:
+            self._ended = trio.Event()
+        await self._ended.wait()
+
+    def _end(self, reason: str) -> None:
+        """Remember why it ended, and tell everybody who waits for it. What was received can still be read."""
+        if self.close_reason is not None:
+            return
+        self.close_reason = reason = self._closing or reason
+        for state in list(self._machine.streams.values()):
+            if state.owner is not None:
+                state.owner._lose(reason)
+        for event in self._pings.values():
+            event.set()
+        if self._drained is not None:
+            self._drained.set()
+        self._flusher.wake()
+        if self._scope is not None:
+            self._scope.cancel()
