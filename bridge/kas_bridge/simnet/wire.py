@@ -484,7 +484,7 @@ def _enter(fds: list[int], argv: list[str]) -> None:
     for fd in fds:
         _setns(fd, 0)
         os.close(fd)
-    os.execvp(argv[0], argv)
+    os.execvp(argv[0], argv)  # noqa: S606 - becoming the command is the purpose
 
 
 if __name__ == "__main__":
