@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import trio
 
@@ -52,6 +53,28 @@ class AddressesChanged(Event):
     """The set of addresses at which this node listens changed, for instance as an interface came or went."""
 
     addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialing(Event):
+    """An attempt to connect begins: nobody is connected, and nobody else is trying.
+
+    Attributes:
+        target: the peer id, or the address if the peer is not known yet.
+        addresses: what will be tried, names not resolved yet.
+    """
+
+    target: str
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialFailed(Event):
+    """No address led to a verified connection. Each has said why (`AddressFailed`)."""
+
+    target: str
+    reason: str
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +159,35 @@ class PeerIdentified(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IdentifyFailed(Event):
+    """A peer did not tell about itself. It stays connected, and counts as one that speaks what it proposes."""
+
+    peer: PeerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamFailed(Event):
+    """A stream that a peer opened ended before both sides agreed on a protocol."""
+
+    peer: PeerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Banned(Event):
+    """A peer or an IP may not connect for a while.
+
+    Attributes:
+        target: peer id or IP.
+        seconds: for how long.
+    """
+
+    target: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimitHit(Event):
     """A limit said no.
 
@@ -170,6 +222,53 @@ class HandlerFailed(Event):
     peer: PeerId
     protocol: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KaspaPeerJoined(Event):
+    """A peer's node and ours have finished their handshake through the overlay.
+
+    Attributes:
+        node_id: the id that the peer's node goes by in kaspad's RPC.
+        source: the address from which kaspad sees it; ``None`` if the system chose.
+        dialect: the protocol id of the stream.
+        seconds: from the stream to both nodes being ready.
+    """
+
+    peer: PeerId
+    node_id: str
+    user_agent: str
+    network: str
+    protocol_version: int
+    source: str | None
+    direction: Direction
+    dialect: str
+    path: Path
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KaspaPeerEnded(Event):
+    """A Kaspa stream to a peer ended, joined or in its handshake.
+
+    Attributes:
+        joined: whether the handshake had been finished.
+        reason: one of the texts of `kas_libp2p.kaspa.join.End`.
+        by: kaspad, peer, path or us.
+        text: more words, kaspad's or the peer's own.
+        seconds: how long the stream lived.
+        received, sent: bytes of Kaspa messages from and to the peer.
+    """
+
+    peer: PeerId
+    node_id: str | None
+    joined: bool
+    reason: str
+    by: str
+    text: str
+    seconds: float
+    received: int
+    sent: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,20 +331,26 @@ class EventBus:
 
     def __init__(self, wall_clock: Callable[[], float]) -> None:
         self._wall_clock = wall_clock
-        self._subscriptions: set[Subscription] = set()
+        self._subscriptions: WeakSet[Subscription] = WeakSet()
         self.counts: Counter[tuple[str, str]] = Counter()
         """How often each event occurred, by name and ``reason`` (or ``stage``, or empty)."""
 
     def emit(self, event: Event) -> None:
         """Count the event and hand it to all subscribers. Never waits."""
         detail = getattr(event, "layer", None) or getattr(event, "stage", None) or ""
-        if isinstance(event, InboundRefused | LimitHit):
+        if isinstance(event, InboundRefused | LimitHit | KaspaPeerEnded):
             detail = event.reason
         self.counts[event.name, detail] += 1
         if self._subscriptions:
             event = dataclasses.replace(event, at=self._wall_clock())
             for subscription in self._subscriptions:
                 subscription._put(event)
+
+    def listen(self) -> Subscription:
+        """Subscribe from now on, for as long as the caller keeps the subscription."""
+        subscription = Subscription()
+        self._subscriptions.add(subscription)
+        return subscription
 
     @contextmanager
     def subscribe(self) -> Iterator[Subscription]:
