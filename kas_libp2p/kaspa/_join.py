@@ -232,6 +232,7 @@ class Side(StrEnum):
 
     KASPAD = "kaspad"
     PEER = "peer"
+    PATH = "path"
     US = "us"
 
 
@@ -358,3 +359,210 @@ def told_by_peer(code: int, text: str) -> Ended:
     except ValueError:
         reason = End.PEER_CLOSED
     return Ended(reason, Side.PEER, text)
+
+
+# -- Who waits for whom ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """Seconds that each step of a handshake may take. They fit inside one another, and inside kaspad's own 4 s.
+
+    Attributes:
+        opener_join: the opener's kaspad must have said Version. Below ``acceptor_wait``, or a busy kaspad on this side
+            would look like a silent peer on the other.
+        acceptor_wait: the acceptor cuts a stream that brings no Version.
+        acceptor_join: the acceptor's kaspad must have said Version, counted from the peer's.
+        opener_wait: the opener waits for the peer's Version, counted from its kaspad's, which ends the handshake
+            itself after 4 s: the peer shall hear a reason, not a broken stream.
+        slot_wait: an acceptor waits for a place among the pending handshakes before it answers busy.
+    """
+
+    opener_join: float = 1.2
+    acceptor_wait: float = 1.5
+    acceptor_join: float = 1.5
+    opener_wait: float = 3.5
+    slot_wait: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class JoinKaspad:
+    """Dial our kaspad and take its Version; go on with `Meeting.on_kaspad_version`."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class TellPeer:
+    """Send our kaspad's Version to the peer; go on with `Meeting.on_told`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitPeer:
+    """Take the peer's Version; go on with `Meeting.on_peer_version` or `Meeting.on_timeout`."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """Send the peer's Version to our kaspad, and ours to the peer if ``tell_peer``; then carry everything both ways."""
+
+    tell_peer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """It does not work out."""
+
+    ended: Ended
+
+
+Step = JoinKaspad | TellPeer | AwaitPeer | Carry | GiveUp
+
+
+class Meeting:
+    """The order of one handshake, from our bridge's side. Each call gives the one thing to do next.
+
+    Args:
+        opener: whether this side opened the overlay stream.
+        patience: the waits.
+        network: our network, as far as it is known before our kaspad was asked; else empty.
+        own_node: our kaspad's node id as last seen, or ``None``.
+
+    Attributes:
+        ours, theirs: what the two Versions said, once they came.
+    """
+
+    def __init__(self, *, opener: bool, patience: Patience, network: str = "", own_node: str | None = None) -> None:
+        self._opener = opener
+        self._patience = patience
+        self._network = network
+        self._own_node = own_node
+        self._deadline = 0.0
+        self.ours: VersionInfo | None = None
+        self.theirs: VersionInfo | None = None
+
+    def start(self, now: float) -> Step:
+        if self._opener:
+            return JoinKaspad(now + self._patience.opener_join)
+        return AwaitPeer(now + self._patience.acceptor_wait)
+
+    def on_hello(self, network: str) -> Step | None:
+        """The peer's hello named its network, which may end it before any kaspad is touched."""
+        if network and self._network and network != self._network:
+            return GiveUp(_other_network(self._network, network))
+        return None
+
+    def on_kaspad_version(self, ours: VersionInfo, asked_at: float) -> Step:
+        """Our kaspad said Version; its patience began at ``asked_at``."""
+        self.ours = ours
+        self._network = ours.network
+        self._own_node = ours.node_id
+        if self._opener:
+            self._deadline = asked_at + self._patience.opener_wait
+            return TellPeer()
+        return self._check() or Carry(tell_peer=True)
+
+    def on_told(self) -> Step:
+        return AwaitPeer(self._deadline)
+
+    def on_peer_version(self, theirs: VersionInfo, now: float, known: bool = False) -> Step:
+        """The peer said Version.
+
+        Args:
+            known: whether a node of this id is joined already.
+        """
+        self.theirs = theirs
+        if known:
+            return GiveUp(Ended(End.DUPLICATE, Side.US, "this node is joined already, by another way"))
+        refusal = self._check()
+        if refusal is not None:
+            return refusal
+        if self._opener:
+            return Carry(tell_peer=False)
+        return JoinKaspad(now + self._patience.acceptor_join)
+
+    def on_timeout(self) -> Step:
+        """The peer's Version did not come in time."""
+        waited = self._patience.opener_wait if self._opener else self._patience.acceptor_wait
+        return GiveUp(Ended(End.PEER_SILENT, Side.PEER, f"no Version within {waited:g} s"))
+
+    def _check(self) -> Step | None:
+        assert self.theirs is not None
+        if self._own_node == self.theirs.node_id:
+            return GiveUp(Ended(End.LOOPBACK, Side.US, "the peer's node is our own"))
+        if self._network and self.theirs.network != self._network:
+            return GiveUp(_other_network(self._network, self.theirs.network))
+        return None
+
+
+def _other_network(ours: str, theirs: str) -> Ended:
+    return Ended(End.NETWORK, Side.US, f"we are on {ours}, the peer is on {theirs}")
+
+
+class Pending:
+    """Handshakes that our kaspad has not finished: a place for each, within what kaspad grants.
+
+    Args:
+        in_all: places; kaspad has 32, and other peers of it want some.
+        per_source: places for one source address; kaspad has 2.
+    """
+
+    def __init__(self, *, in_all: int = 16, per_source: int = 2) -> None:
+        self._in_all = in_all
+        self._per_source = per_source
+        self._by_source: dict[str | None, int] = {}
+        self.count = 0
+
+    def take(self, source: str | None) -> bool:
+        """Take a place if there is one."""
+        here = self._by_source.get(source, 0)
+        if self.count >= self._in_all or here >= self._per_source:
+            return False
+        self.count += 1
+        self._by_source[source] = here + 1
+        return True
+
+    def give_back(self, source: str | None) -> None:
+        """The handshake is over, one way or the other."""
+        self.count -= 1
+        here = self._by_source[source] - 1
+        if here:
+            self._by_source[source] = here
+        else:
+            del self._by_source[source]
+
+
+def backoff(attempt: int) -> float:
+    """Seconds before another try after status 8: 20 ms, doubling to 160 ms. A place is held for 3 ms as a rule."""
+    return min(0.02 * float(2**attempt), 0.16)
+
+
+class Rival(StrEnum):
+    """What to do with a second stream of a peer that has one."""
+
+    REFUSE = "refuse"
+    """Keep the old one."""
+    REPLACE = "replace"
+    """End the old one and take the new."""
+
+
+STALE_AFTER = 3.0
+"""Seconds of silence after which a peer that comes again is believed to have lost its old stream."""
+
+
+def choose(*, ours: str, theirs: str, old_opener: bool, new_opener: bool, old_pending: bool, silence: float) -> Rival:
+    """Which of two streams of one peer stays. Both sides come to the same answer where both see the same.
+
+    Args:
+        ours, theirs: the peer ids.
+        old_opener, new_opener: whether we opened the stream.
+        old_pending: whether the old one's handshake is not finished.
+        silence: seconds since anything came on the old one.
+    """
+    if old_pending and old_opener != new_opener:
+        # Both opened at once: the stream that the smaller peer id opened stays.
+        new_stays = (ours < theirs) == new_opener
+        return Rival.REPLACE if new_stays else Rival.REFUSE
+    return Rival.REPLACE if silence > STALE_AFTER else Rival.REFUSE

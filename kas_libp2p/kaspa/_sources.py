@@ -79,10 +79,13 @@ class SourceTable:
 
     def _addresses(self) -> Iterator[str]:
         for network in self._networks:
-            keep_out = LEFT_OUT.overlaps(network) and not network.subnet_of(LEFT_OUT)
-            for address in network.hosts():
-                if not (keep_out and address in LEFT_OUT):
-                    yield str(address)
+            whole = [network]
+            if LEFT_OUT.subnet_of(network) and network != LEFT_OUT:
+                whole = sorted(network.address_exclude(LEFT_OUT))
+            for part in whole:
+                for address in part.hosts():
+                    if not _is_edge(address, network):
+                        yield str(address)
 
     def _allows(self, address: str) -> bool:
         ip = ipaddress.ip_address(address)
