@@ -1,0 +1,323 @@
+"""Who may connect, and how many: the gate and the limits. No I/O.
+
+A connection holds one `Ticket` from the moment it is accepted or dialed until it is gone. Whatever ends it, releasing
+the ticket gives back every place that it held, once. So a limit can't leak as long as tickets are released in a
+``finally``.
+
+What is asked, and when
+
+* An inbound connection: before the first byte is read. The IP must not be denied or banned, must be allowed where only
+  networks are, and there must be room: in all, inbound, in handshakes, and for this IP (an IPv6 /64 counts as one).
+* An address that we would dial: that its IP is not denied or banned.
+* A proven peer: that it is not denied or banned, is allowed, and has room (connections per peer).
+* The policy, if there is one, last, each time: what is refused by a list never reaches it.
+
+Each refusal is a `Refused` that names the setting.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from kas_libp2p import addresses
+from kas_libp2p.config import Limits
+from kas_libp2p.errors import AddressError, ConfigError, Refused
+from kas_libp2p.metadata import Direction, PeerId
+
+MAX_BANS = 4096
+"""Bans held at once. Beyond it the one that ends first is dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a policy is asked about.
+
+    Attributes:
+        direction: who opens the connection.
+        ip: the remote IP, ``None`` where a relay stands between.
+        peer: the proven peer (or the one to be dialed); ``None`` before the handshake of an inbound connection.
+    """
+
+    direction: Direction
+    ip: str | None
+    peer: PeerId | None
+
+
+Policy = Callable[[Candidate], str | None]
+"""Returns why not, or ``None`` to let the connection pass. Must not block."""
+
+
+class _Rules:
+    """Peer ids and IP networks."""
+
+    def __init__(self, entries: Iterable[str], setting: str) -> None:
+        self.peers: set[PeerId] = set()
+        self.networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
+        for entry in entries:
+            try:
+                self.networks.append(ipaddress.ip_network(entry, strict=False))
+                continue
+            except ValueError:
+                pass
+            try:
+                self.peers.add(addresses.parse_peer_id(entry))
+            except AddressError:
+                raise ConfigError(
+                    f"{setting}: {entry!r} is neither a peer id nor an IP network like 192.0.2.0/24"
+                ) from None
+
+    def __bool__(self) -> bool:
+        return bool(self.peers or self.networks)
+
+    def has_ip(self, ip: str | None) -> bool:
+        if ip is None or not self.networks:
+            return False
+        where = ipaddress.ip_address(ip)
+        if isinstance(where, ipaddress.IPv6Address) and where.ipv4_mapped is not None:
+            where = where.ipv4_mapped
+        return any(where in network for network in self.networks)
+
+
+class Ticket:
+    """The places that one connection holds. Made by `Admission`."""
+
+    __slots__ = ("_admission", "_host", "_open", "_pending", "direction", "ip", "peer")
+
+    def __init__(self, admission: Admission, direction: Direction, ip: str | None, host: str | None) -> None:
+        self._admission = admission
+        self._host = host
+        self._pending = True
+        self._open = True
+        self.direction = direction
+        self.ip = ip
+        self.peer: PeerId | None = None
+
+    def establish(self, peer: PeerId, now: float, ip: str | None = None) -> None:
+        """The handshake is done. The ticket stays to be released also if this refuses.
+
+        Args:
+            peer: who it is.
+            ip: the remote IP, if it was not known before.
+
+        Raises:
+            Refused: the peer may not connect.
+        """
+        self.ip = ip or self.ip
+        self._admission._establish(self, peer, now)
+
+    def release(self) -> None:
+        """Give everything back. May be called again."""
+        if self._open:
+            self._open = False
+            self._admission._release(self)
+
+
+class Admission:
+    """The gate and the limits of one node.
+
+    Args:
+        limits: how many.
+        allow, deny: peer ids and IP networks, as in the configuration.
+
+    Attributes:
+        policy: asked last, see `Policy`.
+
+    Raises:
+        ConfigError: a list has a wrong entry.
+    """
+
+    def __init__(self, limits: Limits, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> None:
+        self.limits = limits
+        self.policy: Policy | None = None
+        self._allow = _Rules(allow, "allow")
+        self._deny = _Rules(deny, "deny")
+        self._bans: dict[str, float] = {}
+        self._total = 0
+        self._inbound = 0
+        self._pending_inbound = 0
+        self._pending_outbound = 0
+        self._per_host: Counter[str] = Counter()
+        self._per_peer: Counter[PeerId] = Counter()
+
+    # Asking
+
+    def admit_inbound(self, ip: str | None, now: float) -> Ticket:
+        """An inbound connection was accepted, nothing was read yet.
+
+        Raises:
+            Refused: it has to be dropped.
+        """
+        host = _host(ip)
+        self._check_ip(ip, now)
+        if self._allow and not self._allow.peers and not self._allow.has_ip(ip):
+            raise Refused("allow", f"{ip} is not on the allow list")
+        limits = self.limits
+        if self._pending_inbound >= limits.max_pending_inbound:
+            raise Refused("max_pending_inbound", f"{self._pending_inbound} inbound connections are in their handshakes")
+        if self._total >= limits.max_connections:
+            raise Refused("max_connections", f"there are {self._total} connections")
+        if self._inbound >= limits.max_inbound:
+            raise Refused("max_inbound", f"there are {self._inbound} inbound connections")
+        if host is not None and self._per_host[host] >= limits.max_per_ip:
+            raise Refused("max_per_ip", f"there are {self._per_host[host]} connections from {host}")
+        self._ask(Candidate(Direction.INBOUND, ip, None))
+        ticket = Ticket(self, Direction.INBOUND, ip, host)
+        self._total += 1
+        self._inbound += 1
+        self._pending_inbound += 1
+        if host is not None:
+            self._per_host[host] += 1
+        return ticket
+
+    def admit_dial(self, peer: PeerId | None, now: float) -> Ticket:
+        """We are about to dial.
+
+        Raises:
+            Refused: the peer is denied or banned, or there is no room.
+        """
+        if peer is not None:
+            self._check_peer(peer, now)
+        if self._total >= self.limits.max_connections:
+            raise Refused("max_connections", f"there are {self._total} connections")
+        self._ask(Candidate(Direction.OUTBOUND, None, peer))
+        self._total += 1
+        self._pending_outbound += 1
+        return Ticket(self, Direction.OUTBOUND, None, None)
+
+    def check_address(self, ip: str | None, peer: PeerId | None, now: float) -> None:
+        """We are about to dial this IP.
+
+        Raises:
+            Refused: it is denied or banned.
+        """
+        self._check_ip(ip, now)
+        self._ask(Candidate(Direction.OUTBOUND, ip, peer))
+
+    def _check_ip(self, ip: str | None, now: float) -> None:
+        if ip is None:
+            return
+        if self._deny.has_ip(ip):
+            raise Refused("deny", f"{ip} is on the deny list")
+        if self._bans and self._banned(addresses.subnet_key(ip), now):
+            raise Refused("ban", f"{ip} is banned")
+
+    def _check_peer(self, peer: PeerId, now: float) -> None:
+        if peer in self._deny.peers:
+            raise Refused("deny", f"{peer} is on the deny list")
+        if self._bans and self._banned(peer, now):
+            raise Refused("ban", f"{peer} is banned")
+
+    def _establish(self, ticket: Ticket, peer: PeerId, now: float) -> None:
+        self._settle(ticket)
+        self._check_peer(peer, now)
+        if ticket.direction is Direction.INBOUND and self._allow:
+            if peer not in self._allow.peers and not self._allow.has_ip(ticket.ip):
+                raise Refused("allow", f"{peer} is not on the allow list")
+        self._ask(Candidate(ticket.direction, ticket.ip, peer))
+        if self._per_peer[peer] >= self.limits.max_per_peer:
+            raise Refused("max_per_peer", f"there are {self._per_peer[peer]} connections to {peer}")
+        self._per_peer[peer] += 1
+        ticket.peer = peer
+
+    def _ask(self, candidate: Candidate) -> None:
+        why = self.policy(candidate) if self.policy is not None else None
+        if why is not None:
+            raise Refused("policy", why)
+
+    def _settle(self, ticket: Ticket) -> None:
+        if ticket._pending:
+            ticket._pending = False
+            if ticket.direction is Direction.INBOUND:
+                self._pending_inbound -= 1
+            else:
+                self._pending_outbound -= 1
+
+    def _release(self, ticket: Ticket) -> None:
+        self._settle(ticket)
+        self._total -= 1
+        if ticket.direction is Direction.INBOUND:
+            self._inbound -= 1
+        if ticket._host is not None:
+            _decrement(self._per_host, ticket._host)
+        if ticket.peer is not None:
+            _decrement(self._per_peer, ticket.peer)
+
+    # Bans
+
+    def ban(self, target: str, now: float, seconds: float) -> str:
+        """Keep a peer or an IP (an IPv6 address stands for its /64) out.
+
+        Returns:
+            what is banned.
+
+        Raises:
+            AddressError: it is neither.
+        """
+        key = _ban_key(target)
+        if len(self._bans) >= MAX_BANS and key not in self._bans:
+            del self._bans[min(self._bans, key=self._bans.__getitem__)]
+        self._bans[key] = now + seconds
+        return key
+
+    def unban(self, target: str) -> bool:
+        """Lift a ban. Returns whether there was one.
+
+        Raises:
+            AddressError: neither a peer id nor an IP.
+        """
+        return self._bans.pop(_ban_key(target), None) is not None
+
+    def bans(self, now: float) -> dict[str, float]:
+        """What is banned, and for how many seconds more."""
+        self._bans = {key: until for key, until in self._bans.items() if until > now}
+        return {key: until - now for key, until in self._bans.items()}
+
+    def _banned(self, key: str, now: float) -> bool:
+        until = self._bans.get(key)
+        if until is None:
+            return False
+        if until <= now:
+            del self._bans[key]
+            return False
+        return True
+
+    # Telling
+
+    def in_use(self) -> dict[str, int]:
+        """How many places are taken, by the names of the limits."""
+        return {
+            "max_connections": self._total,
+            "max_inbound": self._inbound,
+            "max_pending_inbound": self._pending_inbound,
+            "max_per_peer": max(self._per_peer.values(), default=0),
+            "max_per_ip": max(self._per_host.values(), default=0),
+        }
+
+
+def _host(ip: str | None) -> str | None:
+    """What counts as one host; ``None`` for what has no limit: loopback, and peers behind a relay."""
+    if ip is None or addresses.is_loopback(ip):
+        return None
+    return addresses.subnet_key(ip)
+
+
+def _ban_key(target: str) -> str:
+    try:
+        return addresses.parse_peer_id(target)
+    except AddressError:
+        pass
+    try:
+        return addresses.subnet_key(target)
+    except AddressError:
+        raise AddressError(f"{target} is neither a peer id nor an IP address") from None
+
+
+def _decrement(counter: Counter[str] | Counter[PeerId], key: str) -> None:
+    left = counter[key] - 1  # type: ignore[index]
+    if left:
+        counter[key] = left  # type: ignore[index]
+    else:
+        del counter[key]  # type: ignore[arg-type]

@@ -1,0 +1,1216 @@
+"""py-libp2p's swarm with our transport in it: who is connected, who may be, and how a connection comes and goes.
+
+What is py-libp2p's and what is ours
+    py-libp2p 0.8.1's `libp2p.network.swarm.Swarm` is the base class, so that its services (BasicHost and what builds on
+    it: pubsub, DHT …) take this swarm for one of theirs. Of it we keep the table of connections, the peerstore, the list
+    of notifees, tags and protection, and the choice among several connections. Everything that dials, listens, upgrades,
+    registers, opens streams, closes or runs is replaced, as each of these has a defect that a user would see: inbound
+    slots that are never released, fixed sleeps in dialing and closing, dials that nobody asked for, notifees that stall a
+    dial, plaintext as a default, py-libp2p's own Yamux. Its connection gate, pruner, auto-connector, health monitor,
+    resource manager and transports are made by the base class and never started.
+
+One connection
+    A `Ticket` of the admission (`kas_libp2p._admission`) is taken before anything is spent and released in a ``finally``
+    around everything that follows. The task that did the upgrade of an inbound connection goes on to carry it; an
+    outbound one gets a task when its dial has won. So a connection costs one task here, and the transport's own.
+    `SwarmConnection` is at once py-libp2p's ``INetConn`` and ``IMuxedConn``: one small object.
+
+Streams
+    Inbound streams are negotiated by our own multistream-select, each in a task of its own. The table of handlers is
+    ours; if a py-libp2p host sits on the swarm, its handlers are offered as well. Whatever a handler raises ends at its
+    stream. A handler owns its stream until it returns, then the stream is closed.
+
+The end
+    Handlers are cancelled first, then every connection is closed in order (``Connection.aclose``, bounded), at the same
+    time. The connections are carried in a nursery that is shielded from the cancellation of its surroundings for this.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Protocol, cast
+
+import trio
+from libp2p.abc import IHost, IListener, IMuxedConn, IMuxedStream, INetConn, INetStream, INotifee, IRawConnection
+from libp2p.connection_types import ConnectionType
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.custom_types import StreamHandlerFn, TProtocol
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.stream import exceptions as stream_errors
+from libp2p.network.swarm import Swarm as BaseSwarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
+
+from kas_libp2p import addresses
+from kas_libp2p._admission import Admission, Ticket
+from kas_libp2p.config import Config
+from kas_libp2p.errors import (
+    AddressError,
+    AddressFailure,
+    ConnectionLost,
+    DialError,
+    KasError,
+    ListenError,
+    NegotiationError,
+    Refused,
+    RemoteProtocolError,
+    Stage,
+    StreamReset,
+    UpgradeError,
+)
+from kas_libp2p.events import (
+    AddressesChanged,
+    AddressFailed,
+    Banned,
+    ConnectionClosed,
+    ConnectionOpened,
+    DialFailed,
+    Dialing,
+    EventBus,
+    HandlerFailed,
+    InboundRefused,
+    LimitHit,
+    Listening,
+    PeerMisbehaved,
+    StreamFailed,
+    UpgradeFailed,
+)
+from kas_libp2p.identity import Identity
+from kas_libp2p.metadata import DIRECT, Direction, Path, PathKind, PeerId
+from kas_libp2p.transport.connection import Connection
+from kas_libp2p.transport.raw import RawConnection
+from kas_libp2p.transport.tcp import race
+from kas_libp2p.transport.upgrade import upgrade
+from kas_libp2p.transport.yamux.stream import YamuxStream
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[YamuxStream], Awaitable[None]]
+"""Serves one stream. The stream is closed when it returns, and reset if it raises."""
+
+NOTIFEE_QUEUE = 256
+"""Notifications that wait for one py-libp2p notifee. A notifee that is stuck loses what comes beyond."""
+IDLE_CHECKS = 4
+"""How often per idle timeout connections are looked at: one is closed at most a quarter late."""
+RESOURCES, NEGOTIATION = 0x1002, 0x1001
+"""libp2p stream error codes: a limit was hit, no protocol was agreed on."""
+
+
+class Listener(Protocol):
+    """What the swarm needs of a listening socket."""
+
+    @property
+    def address(self) -> Multiaddr: ...
+
+    def addresses(self) -> Sequence[Multiaddr]: ...
+
+    async def accept(self) -> RawConnection: ...
+
+    def close(self) -> None: ...
+
+
+class Network(Protocol):
+    """What the swarm needs from below: byte pipes. TCP, or something in memory in tests."""
+
+    async def listen(self, address: Multiaddr) -> Listener: ...
+
+    async def dial(self, address: Multiaddr) -> RawConnection: ...
+
+    async def resolve(self, address: Multiaddr) -> Sequence[Multiaddr]: ...
+
+    def address_changes(self) -> AsyncIterator[object]: ...
+
+
+@lru_cache(maxsize=4096)
+def id_of(peer: PeerId) -> ID:
+    """py-libp2p's form of a peer id."""
+    return ID.from_base58(peer)
+
+
+def peer_of(peer: ID | str) -> PeerId:
+    """Our form of a peer id."""
+    return PeerId(peer if isinstance(peer, str) else peer.to_base58())
+
+
+class SwarmStream(INetStream, IMuxedStream):
+    """A stream as py-libp2p's services know one."""
+
+    metric_send_channel = None
+
+    def __init__(self, connection: SwarmConnection, stream: YamuxStream) -> None:
+        self.muxed_conn = connection
+        self.muxed_stream = self
+        self.swarm_conn = connection
+        self.stream = stream
+        self._protocol = TProtocol(stream.protocol) if stream.protocol else None
+
+    def get_protocol(self) -> TProtocol | None:
+        return self._protocol
+
+    def set_protocol(self, protocol_id: TProtocol) -> None:
+        self._protocol = protocol_id
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Read up to ``n`` bytes, or what is there.
+
+        Raises:
+            StreamEOF, StreamReset, StreamClosed: py-libp2p's.
+        """
+        if n == 0:
+            return b""
+        try:
+            data = await self.stream.receive_some(n if n is not None and n > 0 else None)
+        except (trio.BrokenResourceError, NegotiationError) as error:
+            raise stream_errors.StreamReset(str(error)) from error
+        except trio.ClosedResourceError as error:
+            raise stream_errors.StreamClosed(str(error)) from error
+        if not data:
+            raise stream_errors.StreamEOF
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Write.
+
+        Raises:
+            StreamReset, StreamClosed: py-libp2p's.
+        """
+        try:
+            await self.stream.send_all(data)
+        except (trio.BrokenResourceError, NegotiationError) as error:
+            raise stream_errors.StreamReset(str(error)) from error
+        except trio.ClosedResourceError as error:
+            raise stream_errors.StreamClosed(str(error)) from error
+
+    async def close_write(self) -> None:
+        """End our direction."""
+        try:
+            await self.stream.send_eof()
+        except (trio.BrokenResourceError, NegotiationError) as error:
+            raise stream_errors.StreamReset(str(error)) from error
+        except trio.ClosedResourceError as error:
+            raise stream_errors.StreamClosed(str(error)) from error
+
+    async def close(self) -> None:
+        await self.stream.aclose()
+        self.muxed_conn.forget_stream(self)
+
+    async def reset(self) -> None:
+        self.stream.reset()
+        self.muxed_conn.forget_stream(self)
+
+    def set_deadline(self, ttl: int) -> None:
+        """Not supported; use trio's cancel scopes."""
+        raise NotImplementedError("use trio.fail_after")
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return self.muxed_conn.get_remote_address()
+
+    async def __aenter__(self) -> SwarmStream:
+        return self
+
+
+def _started() -> trio.Event:
+    event = trio.Event()
+    event.set()
+    return event
+
+
+class SwarmConnection(INetConn, IMuxedConn):
+    """A connection in the swarm's table.
+
+    Attributes:
+        connection: the transport's connection.
+        ticket: the places that it holds.
+        last_used: when a stream was last opened, or known to be open; trio's clock.
+    """
+
+    event_started = _started()  # nobody sees a connection that has not started
+
+    def __init__(self, swarm: Swarm, connection: Connection, ticket: Ticket) -> None:
+        self.swarm = swarm
+        self.connection = connection
+        self.ticket = ticket
+        self.peer_id = id_of(connection.peer)
+        self.last_used = connection.opened_at
+        self._net_streams: set[SwarmStream] | None = None
+
+    def __repr__(self) -> str:
+        return repr(self.connection)
+
+    # Ours
+
+    @property
+    def peer(self) -> PeerId:
+        """Who is at the other end."""
+        return self.connection.peer
+
+    @property
+    def path(self) -> Path:
+        """The way it takes."""
+        return self.connection.path
+
+    async def open_stream(self, *protocols: str) -> YamuxStream:  # type: ignore[override]
+        """Open a stream; see `kas_libp2p.transport.connection.Connection.open_stream`."""
+        self.last_used = trio.current_time()
+        return await self.connection.open_stream(*protocols)
+
+    async def close(self, reason: str = "") -> None:
+        """End it in order, see `Connection.aclose`."""
+        await self.connection.aclose(reason)
+
+    # INetConn and IMuxedConn
+
+    @property
+    def muxed_conn(self) -> IMuxedConn:  # type: ignore[override]
+        return self
+
+    @property
+    def is_initiator(self) -> bool:
+        return self.connection.initiator
+
+    @property
+    def is_closed(self) -> bool:
+        return self.connection.closing
+
+    @property
+    def is_established(self) -> bool:
+        return not self.connection.closing
+
+    @property
+    def direction(self) -> str:
+        """``inbound`` or ``outbound``, as py-libp2p's metrics compare it."""
+        return str(self.connection.direction)
+
+    async def start(self) -> None:
+        """Nothing to do: the swarm runs its connections."""
+
+    async def accept_stream(self) -> IMuxedStream:
+        """Not offered: the swarm hands each stream to its handler at once."""
+        raise NotImplementedError("inbound streams go to the handlers of the swarm")
+
+    async def new_stream(self) -> SwarmStream:
+        """A bare stream: its user negotiates.
+
+        Raises:
+            SwarmException: the connection ended, or a limit is reached.
+        """
+        try:
+            return self.net_stream(await self.open_stream())
+        except (ConnectionLost, Refused) as error:
+            raise SwarmException(str(error)) from error
+
+    def net_stream(self, stream: YamuxStream) -> SwarmStream:
+        """Wrap a stream for py-libp2p, and remember it for `get_streams`."""
+        wrapped = SwarmStream(self, stream)
+        if self._net_streams is None:
+            self._net_streams = set()
+        self._net_streams.add(wrapped)
+        self.swarm._notify_soon("opened_stream", wrapped)
+        return wrapped
+
+    def forget_stream(self, stream: SwarmStream) -> None:
+        """A wrapped stream ended. May be called again."""
+        if self._net_streams and stream in self._net_streams:
+            self._net_streams.discard(stream)
+            self.swarm._notify_soon("closed_stream", stream)
+
+    def get_streams(self) -> tuple[INetStream, ...]:
+        """The open streams. Those of our own services are wrapped for the occasion."""
+        wrapped = {each.stream: each for each in self._net_streams or ()}
+        return tuple(wrapped.get(stream) or SwarmStream(self, stream) for stream in self.connection.streams)
+
+    def get_transport_addresses(self) -> list[Multiaddr]:
+        return [addresses.parse(self.connection.remote_address)]
+
+    def get_connection_type(self) -> ConnectionType:
+        relayed = self.connection.path.kind is PathKind.RELAYED
+        return ConnectionType.RELAYED if relayed else ConnectionType.DIRECT
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return addresses.ip_port(self.connection.remote_address)
+
+    def remove_stream(self, stream: SwarmStream) -> None:
+        self.forget_stream(stream)
+
+
+@dataclass(slots=True)
+class _Served:
+    """A protocol that is served here."""
+
+    handler: Handler
+    max_streams: int
+    max_per_peer: int
+    open: int = 0
+    per_peer: dict[PeerId, int] = field(default_factory=dict)
+
+
+class _ListenerDoor(IListener):
+    """A listener as py-libp2p knows one."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+
+    async def listen(self, maddr: Multiaddr) -> None:
+        raise NotImplementedError("it listens already")
+
+    def get_addrs(self) -> tuple[Multiaddr, ...]:
+        return tuple(self.listener.addresses())
+
+    async def close(self) -> None:
+        self.listener.close()
+
+
+class _Feed:
+    """What one notifee is still to be told, in order. A task exists only while there is something to tell."""
+
+    __slots__ = ("busy", "queue")
+
+    def __init__(self) -> None:
+        self.queue: deque[tuple[str, tuple[object, ...]]] = deque()
+        self.busy = False
+
+
+class _Attempt:
+    """One dial that several callers may wait for."""
+
+    __slots__ = ("done", "error", "result", "scope", "tried", "waiting")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.scope = trio.CancelScope()
+        self.result: SwarmConnection | None = None
+        self.error: KasError | None = None
+        self.tried: frozenset[str] = frozenset()
+        self.waiting = 0
+
+
+class Swarm(BaseSwarm):
+    """The connections of one node.
+
+    Run it with `carry` in a nursery, or under py-libp2p's ``background_trio_service``.
+
+    Args:
+        identity: our key.
+        config: limits, lists, timeouts. Its ``listen`` is for the node; here `listen` is called.
+        events: where everything is told.
+        network: where byte pipes come from; TCP if left out.
+
+    Attributes:
+        identity, config, events: as given.
+        admission: the gate and the limits; set ``admission.policy`` to add a rule.
+        on_connected, on_disconnected: called with each connection that comes and goes; must not block nor raise.
+        on_addresses: called when the listen addresses changed.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        config: Config | None = None,
+        *,
+        events: EventBus | None = None,
+        network: Network | None = None,
+    ) -> None:
+        config = config or Config()
+        peerstore = PeerStore()
+        # py-libp2p reads no ed25519 key in libp2p's own form; the seed is its first half.
+        peerstore.add_key_pair(id_of(identity.peer_id), create_new_key_pair(identity.to_protobuf()[-64:-32]))
+        limits = config.limits
+        super().__init__(
+            id_of(identity.peer_id),
+            peerstore,
+            cast(TransportUpgrader, None),  # nothing of ours upgrades through it
+            connection_config=ConnectionConfig(
+                max_connections=limits.max_connections,
+                max_connections_per_peer=limits.max_per_peer,
+                min_connections=0,
+                low_watermark=0,
+                high_watermark=limits.max_connections,
+                outbound_stream_protocol_negotiation_timeout=config.dial.negotiation_timeout,
+                inbound_stream_protocol_negotiation_timeout=config.dial.negotiation_timeout,
+            ),
+        )
+        self.notifees.clear()  # the tag store would keep a record of every connection, for a pruner that never runs
+        self.identity = identity
+        self.config = config
+        self.events = events if events is not None else EventBus(time.time)
+        self.admission = Admission(limits, config.allow, config.deny)
+        self.on_connected: list[Callable[[SwarmConnection], None]] = []
+        self.on_disconnected: list[Callable[[SwarmConnection], None]] = []
+        self.on_addresses: list[Callable[[], None]] = []
+        self._network = network if network is not None else cast(Network, None)
+        self._served: dict[str, _Served] = {}
+        self._host_mux: Any = None
+        self._raw_handler: StreamHandlerFn | None = None
+        self._attempts: dict[object, _Attempt] = {}
+        self._feeds: dict[int, _Feed] = {}
+        self._carrying: trio.Nursery | None = None
+        self._tasks: trio.Nursery | None = None
+        self._stop: trio.Event | None = None
+        self._last_addresses: tuple[str, ...] = ()
+
+    @property
+    def peer(self) -> PeerId:
+        """Our peer id."""
+        return self.identity.peer_id
+
+    # Running
+
+    async def run(self) -> None:
+        """Run as a service of py-libp2p."""
+        await self.carry()
+
+    async def carry(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run until cancelled or closed; then end everything in order, within about two seconds."""
+        if self._stop is not None:
+            raise RuntimeError("a swarm runs once")
+        self._stop = stop = trio.Event()
+        try:
+            async with trio.open_nursery() as outer:
+                await outer.start(self._carry_connections)
+                try:
+                    async with trio.open_nursery() as tasks:
+                        self._tasks = self.background_nursery = tasks
+                        tasks.start_soon(self._close_idle)
+                        self.event_background_nursery_created.set()
+                        task_status.started()
+                        await stop.wait()
+                        tasks.cancel_scope.cancel()
+                finally:
+                    self._closing = True
+                    self._close_listeners()
+                    stop.set()
+        finally:
+            self._tasks = self.background_nursery = None
+
+    async def _carry_connections(self, *, task_status: trio.TaskStatus[None]) -> None:
+        assert self._stop is not None
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                self._carrying = nursery
+                task_status.started()
+                await self._stop.wait()
+                async with trio.open_nursery() as closing:  # each is bounded by the transport
+                    for connection in self.all_connections():
+                        closing.start_soon(connection.close, "this node is shutting down")
+                nursery.cancel_scope.cancel()
+        self._carrying = None
+
+    async def close(self) -> None:
+        """End everything in order. May be called again."""
+        self._closing = True
+        self._close_listeners()
+        if self._stop is not None:
+            self._stop.set()
+        manager = getattr(self, "_manager", None)
+        if manager is not None:
+            await manager.stop()
+
+    # Listening
+
+    async def listen(self, *multiaddrs: Multiaddr) -> bool:
+        """Listen on each of the addresses.
+
+        Raises:
+            ListenError: one can't be listened on; those before it stay.
+        """
+        await self.event_background_nursery_created.wait()
+        for address in multiaddrs:
+            listener = await self._network.listen(address)
+            if self._tasks is None:
+                listener.close()
+                raise ListenError("this node is shutting down")
+            if not self.listeners:
+                self._tasks.start_soon(self._watch_addresses)
+            self.listeners[str(listener.address)] = _ListenerDoor(listener)
+            self._tasks.start_soon(self._accept, listener)
+            for each in listener.addresses():
+                self.events.emit(Listening(address=str(each)))
+            self._notify_soon("listen", listener.address)
+        self._check_addresses()
+        return bool(multiaddrs)
+
+    def listen_addresses(self) -> tuple[str, ...]:
+        """Where we listen, wildcards replaced by the addresses of the interfaces; without our peer id."""
+        doors = [door for door in self.listeners.values() if isinstance(door, _ListenerDoor)]
+        return tuple(dict.fromkeys(str(address) for door in doors for address in door.get_addrs()))
+
+    def _check_addresses(self) -> None:
+        now = self.listen_addresses()
+        if set(now) != set(self._last_addresses):
+            self._last_addresses = now
+            self.events.emit(AddressesChanged(addresses=now))
+            for callback in self.on_addresses:
+                callback()
+
+    async def _watch_addresses(self) -> None:
+        async for _ in self._network.address_changes():
+            self._check_addresses()
+
+    def _close_listeners(self) -> None:
+        for door in self.listeners.values():
+            assert isinstance(door, _ListenerDoor)
+            door.listener.close()
+            self._notify_soon("listen_close", door.listener.address)
+        self.listeners.clear()
+
+    async def _accept(self, listener: Listener) -> None:
+        while True:
+            try:
+                raw = await listener.accept()
+            except trio.ClosedResourceError:
+                return
+            ip = _ip_of(raw.remote_address)
+            try:
+                ticket = self.admission.admit_inbound(ip, trio.current_time())
+            except Refused as error:
+                raw.abort()
+                self.events.emit(InboundRefused(address=raw.remote_address, reason=error.limit))
+                continue
+            if self._carrying is None:
+                ticket.release()
+                raw.abort()
+                return
+            self._carrying.start_soon(self._inbound, raw, ticket)
+
+    async def _inbound(self, raw: RawConnection, ticket: Ticket) -> None:
+        started = trio.current_time()
+        address = raw.remote_address
+        try:
+            try:
+                connection = await upgrade(
+                    raw, identity=self.identity, initiator=False, expected=None, config=self.config
+                )
+            except UpgradeError as error:
+                seconds = trio.current_time() - started
+                self.events.emit(UpgradeFailed(address=address, stage=error.stage, reason=str(error), seconds=seconds))
+                return
+            try:
+                self._establish(ticket, connection)
+            except Refused as error:
+                connection.abort(str(error))
+                self.events.emit(InboundRefused(address=address, reason=error.limit))
+                return
+            await self._carry(SwarmConnection(self, connection, ticket), trio.current_time() - started)
+        finally:
+            ticket.release()
+
+    def _establish(self, ticket: Ticket, connection: Connection) -> None:
+        if connection.peer == self.peer:
+            raise Refused("self", "this node dialed itself")
+        if self._closing:
+            raise Refused("closing", "this node is shutting down")
+        now = trio.current_time()
+        try:
+            ticket.establish(connection.peer, now, _ip_of(connection.remote_address))
+        except Refused as error:
+            # A peer that comes back after its network changed must not wait until we notice that its old one is dead.
+            idle = [each for each in self.connections_to(connection.peer) if not each.connection.streams]
+            if error.limit != "max_per_peer" or not idle:
+                raise
+            idle[0].ticket.release()
+            idle[0].connection.abort("it was replaced by a newer connection")
+            ticket.establish(connection.peer, now)
+
+    # One connection
+
+    async def _carry(
+        self,
+        connection: SwarmConnection,
+        seconds: float,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        transport = connection.connection
+        self.connections.setdefault(connection.peer_id, []).append(connection)
+        self.events.emit(
+            ConnectionOpened(
+                connection=transport.number,
+                peer=transport.peer,
+                path=transport.path,
+                direction=transport.direction,
+                address=transport.remote_address,
+                seconds=seconds,
+            )
+        )
+        for callback in self.on_connected:
+            callback(connection)
+        self._notify_soon("connected", connection)
+
+        def on_stream(stream: YamuxStream) -> None:
+            connection.last_used = trio.current_time()
+            if self._tasks is None or self._closing:
+                stream.reset(RESOURCES)
+            else:
+                self._tasks.start_soon(self._serve, connection, stream)
+
+        def on_limit(limit: str) -> None:
+            self.events.emit(LimitHit(reason=limit, peer=transport.peer, address=transport.remote_address))
+
+        try:
+            await transport.run(on_stream, on_limit=on_limit, task_status=task_status)
+        finally:
+            self.remove_conn(connection)
+
+    def remove_conn(self, swarm_conn: SwarmConnection) -> None:  # type: ignore[override]
+        """A connection has ended. May be called again."""
+        peer = swarm_conn.peer_id
+        left = self.connections.get(peer, [])
+        if swarm_conn not in left:
+            return
+        left.remove(swarm_conn)
+        if not left:
+            del self.connections[peer]
+        swarm_conn.ticket.release()
+        transport = swarm_conn.connection
+        if transport.misbehaviour is not None:
+            layer, what = transport.misbehaviour
+            self.events.emit(
+                PeerMisbehaved(peer=transport.peer, address=transport.remote_address, layer=layer, reason=what)
+            )
+        self.events.emit(
+            ConnectionClosed(
+                connection=transport.number,
+                peer=transport.peer,
+                reason=transport.close_reason or "it was cancelled on this side",
+                seconds=trio.current_time() - transport.opened_at,
+                received=transport.received,
+                sent=transport.sent,
+            )
+        )
+        for callback in self.on_disconnected:
+            callback(swarm_conn)
+        for stream in tuple(swarm_conn._net_streams or ()):
+            swarm_conn.forget_stream(stream)
+        self._notify_soon("disconnected", swarm_conn)
+
+    async def _close_idle(self) -> None:
+        timeout = self.config.limits.idle_timeout
+        while True:
+            await trio.sleep(timeout / IDLE_CHECKS)
+            now = trio.current_time()
+            for connection in self.all_connections():
+                if connection.connection.streams or self.tag_store.is_protected(connection.peer_id):
+                    connection.last_used = now
+                elif now - connection.last_used >= timeout and self._tasks is not None:
+                    reason = f"it was idle for {timeout:g} s"
+                    self._tasks.start_soon(connection.close, reason)
+
+    # Streams that peers open
+
+    def handle(self, protocol: str, handler: Handler, *, max_streams: int = 256, max_per_peer: int = 16) -> None:
+        """Serve a protocol.
+
+        Args:
+            protocol: its id.
+            handler: called with each stream, in a task of its own.
+            max_streams: streams of this protocol that may be open at once.
+            max_per_peer: of them with one peer.
+
+        Raises:
+            ValueError: it is served already.
+        """
+        if protocol in self._served:
+            raise ValueError(f"{protocol} is served already")
+        self._served[protocol] = _Served(handler, max_streams, max_per_peer)
+
+    def unhandle(self, protocol: str) -> None:
+        """Serve a protocol no longer. Streams that are open stay. Does nothing if it is not served."""
+        self._served.pop(protocol, None)
+
+    def protocols(self) -> tuple[str, ...]:
+        """What is served here, a py-libp2p host's protocols included."""
+        hosted = self._host_mux.handlers if self._host_mux is not None else ()
+        return tuple(dict.fromkeys([*self._served, *(str(protocol) for protocol in hosted if protocol)]))
+
+    def set_stream_handler(self, stream_handler: StreamHandlerFn) -> None:
+        """For py-libp2p's hosts: their protocols are served beside ours.
+
+        A handler that is no host's gets every stream before anything is negotiated, as in py-libp2p.
+        """
+        super().set_stream_handler(stream_handler)
+        host = getattr(stream_handler, "__self__", None)
+        if isinstance(host, IHost):
+            self._host_mux, self._raw_handler = host.get_mux() if hasattr(host, "multiselect") else host, None
+        else:
+            self._host_mux, self._raw_handler = None, stream_handler
+
+    async def _serve(self, connection: SwarmConnection, stream: YamuxStream) -> None:
+        if self._raw_handler is not None:
+            return await self._isolate(connection, stream, self._hosted(connection, self._raw_handler))
+        try:
+            protocol = await connection.connection.accept(stream, self.protocols())
+        except (UpgradeError, ConnectionLost, StreamReset) as error:
+            self.events.emit(StreamFailed(peer=connection.peer, reason=str(error)))
+            return None
+        served = self._served.get(protocol)
+        if served is None:
+            handler = self._host_mux.handlers.get(protocol) if self._host_mux is not None else None
+            if handler is None:
+                return stream.reset(NEGOTIATION)
+            return await self._isolate(connection, stream, self._hosted(connection, handler))
+        return await self._serve_ours(connection, stream, served)
+
+    def _hosted(self, connection: SwarmConnection, handler: StreamHandlerFn) -> Handler:
+        async def serve(stream: YamuxStream) -> None:
+            wrapped = connection.net_stream(stream)
+            try:
+                await handler(wrapped)
+            finally:
+                connection.forget_stream(wrapped)
+
+        return serve
+
+    async def _serve_ours(self, connection: SwarmConnection, stream: YamuxStream, served: _Served) -> None:
+        peer = connection.peer
+        with_peer = served.per_peer.get(peer, 0)
+        if served.open >= served.max_streams or with_peer >= served.max_per_peer:
+            limit = "max_streams" if served.open >= served.max_streams else "max_streams_per_peer"
+            stream.reset(RESOURCES)
+            self.events.emit(LimitHit(reason=limit, peer=peer, address=connection.connection.remote_address))
+            return
+        served.open += 1
+        served.per_peer[peer] = with_peer + 1
+        try:
+            await self._isolate(connection, stream, served.handler)
+        finally:
+            served.open -= 1
+            served.per_peer[peer] -= 1
+            if not served.per_peer[peer]:
+                del served.per_peer[peer]
+
+    async def _isolate(self, connection: SwarmConnection, stream: YamuxStream, handler: Handler) -> None:
+        """Run a handler so that whatever it raises ends at its stream."""
+        done = False
+        try:
+            await handler(stream)
+            await stream.aclose()
+            done = True
+        except (ConnectionLost, StreamReset, stream_errors.StreamError):
+            pass  # the stream ended under the handler, which is no fault of it
+        except RemoteProtocolError as error:
+            self.events.emit(
+                PeerMisbehaved(
+                    peer=connection.peer,
+                    address=connection.connection.remote_address,
+                    layer=stream.protocol or "stream",
+                    reason=str(error),
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - the one place where a handler is isolated from everybody else
+            self._handler_failed(connection, stream, error)
+        except BaseExceptionGroup as group:  # failures and a cancellation at once
+            failures, rest = group.split(Exception)
+            if failures is not None:
+                self._handler_failed(connection, stream, failures)
+            if rest is not None:
+                raise rest from None
+        finally:
+            if not done:
+                stream.reset()
+            connection.last_used = trio.current_time()
+
+    def _handler_failed(self, connection: SwarmConnection, stream: YamuxStream, error: Exception) -> None:
+        self.events.emit(
+            HandlerFailed(peer=connection.peer, protocol=stream.protocol, reason=f"{type(error).__name__}: {error}")
+        )
+        logger.warning("the handler of %s failed", stream.protocol, exc_info=error)
+
+    # Dialing
+
+    async def dial(self, peer: PeerId | None, to: Iterable[Multiaddr | str], *, fresh: bool = False) -> SwarmConnection:
+        """Connect to a peer, or return the connection that there is.
+
+        Everybody who wants the same peer at the same time shares one attempt. It ends when nobody waits for it.
+
+        Args:
+            peer: who must answer. ``None``: whoever does, at exactly one address.
+            to: its addresses, best first.
+            fresh: make another connection even if there is one.
+
+        Raises:
+            DialError: no address led to it, or it is this node itself.
+            Refused: a list, a ban or a limit of ours forbids it.
+            AddressError: an address is malformed or another peer's.
+        """
+        if peer == self.peer:
+            raise DialError(str(peer), hint="that is this node itself")
+        wanted = tuple(dict.fromkeys(str(_of_peer(address, peer)) for address in to))
+        if peer is None and len(wanted) != 1:
+            raise AddressError("without a peer id exactly one address can be dialed")
+        key = (peer or wanted[0], fresh)
+        while True:
+            if not fresh and (known := self._known(peer, wanted)) is not None:
+                return known
+            attempt = self._attempts.get(key)
+            if attempt is None:
+                attempt = self._attempts[key] = _Attempt()
+                attempt.tried = frozenset(wanted)
+                if self._tasks is None:
+                    del self._attempts[key]
+                    raise ConnectionLost("this node is not running")
+                self._tasks.start_soon(self._attempt, attempt, key, peer, wanted)
+            attempt.waiting += 1
+            try:
+                await attempt.done.wait()
+            finally:
+                attempt.waiting -= 1
+                if not attempt.waiting and not attempt.done.is_set():
+                    attempt.scope.cancel()
+                    if self._attempts.get(key) is attempt:
+                        del self._attempts[key]
+            if attempt.result is not None and not attempt.result.is_closed:
+                return attempt.result
+            if attempt.result is None and attempt.tried.issuperset(wanted):
+                raise _again(attempt.error)
+
+    def _known(self, peer: PeerId | None, wanted: tuple[str, ...]) -> SwarmConnection | None:
+        if peer is not None:
+            return self.connection_to(peer)
+        for connection in self.all_connections():
+            transport = connection.connection
+            if transport.initiator and transport.remote_address == wanted[0] and not connection.is_closed:
+                return connection
+        return None
+
+    async def _attempt(self, attempt: _Attempt, key: object, peer: PeerId | None, wanted: tuple[str, ...]) -> None:
+        started = trio.current_time()
+        target = peer or wanted[0]
+        attempt.error = ConnectionLost("this node is shutting down")
+        try:
+            with attempt.scope:
+                try:
+                    attempt.result = await self._dial(peer, target, wanted)
+                except KasError as error:
+                    attempt.error = error
+                    seconds = trio.current_time() - started
+                    self.events.emit(DialFailed(target=target, reason=str(error).partition("\n")[0], seconds=seconds))
+        finally:
+            if self._attempts.get(key) is attempt:
+                del self._attempts[key]
+            attempt.done.set()
+
+    async def _dial(self, peer: PeerId | None, target: str, wanted: tuple[str, ...]) -> SwarmConnection:
+        started = trio.current_time()
+        ticket = self.admission.admit_dial(peer, started)
+        kept = False
+        failures: list[AddressFailure] = []
+        made: list[Connection] = []
+        winner: Connection | None = None
+        try:
+            if not wanted:
+                raise DialError(target, hint="no address of it is known; give one, like /ip4/192.0.2.1/tcp/16117")
+            self.events.emit(Dialing(target=target, addresses=wanted))
+            found = await self._resolve(peer, wanted, failures)
+            if not found:
+                raise DialError(target, tuple(failures))
+
+            async def attempt(address: Multiaddr) -> Connection:
+                connection = await self._dial_address(address, peer, failures)
+                made.append(connection)
+                return connection
+
+            try:
+                winner = await race(found, attempt, self.config.dial.attempt_delay)
+            except DialError as error:
+                raise DialError(target, tuple(failures)) from error.__cause__
+            if peer is None and (known := self.connection_to(winner.peer)) is not None:
+                return known  # only the handshake told who it is; the new connection is dropped below
+            try:
+                self._establish(ticket, winner)
+            except Refused as error:
+                if error.limit == "self":
+                    raise DialError(target, hint="that is this node itself") from None
+                raise
+            assert self._carrying is not None
+            connection = SwarmConnection(self, winner, ticket)
+            await self._carrying.start(self._carry, connection, trio.current_time() - started)
+            kept = True
+            return connection
+        finally:
+            for each in made:
+                if each is not winner or not kept:
+                    each.abort("another address was faster" if kept else "it is not wanted any more")
+            if not kept:
+                ticket.release()
+
+    async def _resolve(
+        self, peer: PeerId | None, wanted: tuple[str, ...], failures: list[AddressFailure]
+    ) -> list[Multiaddr]:
+        """Names to addresses, the forbidden and unusable ones left out, at most ``dial.max_addresses``."""
+        found: dict[Multiaddr, None] = {}
+        for text in wanted:
+            started = trio.current_time()
+            try:
+                options: Sequence[Multiaddr] = (addresses.parse(text),)
+                if addresses.name_of(text) is not None:
+                    options = await self._network.resolve(addresses.parse(text))
+            except (KasError, OSError, trio.TooSlowError) as error:
+                self._address_failed(failures, peer, text, Stage.RESOLVE, error, started)
+                continue
+            for option in options:
+                if len(found) >= self.config.dial.max_addresses:
+                    return list(found)
+                try:
+                    found[self._usable(option, peer)] = None
+                except (Refused, AddressError) as error:
+                    self._address_failed(failures, peer, str(option), Stage.GATE, error, started)
+        return list(found)
+
+    def _usable(self, address: Multiaddr, peer: PeerId | None) -> Multiaddr:
+        address = addresses.without_peer(_of_peer(address, peer))
+        where = addresses.ip_port(address)
+        if where is None:
+            raise AddressError("only TCP over IPv4 or IPv6 can be dialed")
+        if str(address) in self._last_addresses and peer is None:
+            raise AddressError("that is this node itself")
+        self.admission.check_address(where[0].partition("%")[0], peer, trio.current_time())
+        return address
+
+    async def _dial_address(
+        self, address: Multiaddr, peer: PeerId | None, failures: list[AddressFailure]
+    ) -> Connection:
+        started = trio.current_time()
+        stage = Stage.TCP
+        try:
+            raw = await self._network.dial(address)
+            stage = Stage.SECURITY_NEGOTIATION
+            return await upgrade(raw, identity=self.identity, initiator=True, expected=peer, config=self.config)
+        except (KasError, OSError) as error:
+            stage = error.stage if isinstance(error, UpgradeError) else stage
+            self._address_failed(failures, peer, str(address), stage, error, started)
+            raise
+
+    def _address_failed(
+        self,
+        failures: list[AddressFailure],
+        peer: PeerId | None,
+        address: str,
+        stage: Stage,
+        error: Exception,
+        started: float,
+    ) -> None:
+        seconds = trio.current_time() - started
+        failures.append(AddressFailure(address, stage, error, seconds))
+        self.events.emit(AddressFailed(peer=peer, address=address, stage=stage, reason=str(error), seconds=seconds))
+
+    # Looking up
+
+    def all_connections(self) -> list[SwarmConnection]:
+        """Every connection, those that are just ending included."""
+        return [cast(SwarmConnection, each) for some in self.connections.values() for each in some]
+
+    def connections_to(self, peer: PeerId) -> list[SwarmConnection]:
+        """The connections to a peer, the oldest first."""
+        return [cast(SwarmConnection, each) for each in self.connections.get(id_of(peer), ())]
+
+    def connection_to(self, peer: PeerId) -> SwarmConnection | None:
+        """The best connection to a peer that takes new streams: direct or punched before relayed, then the busiest, then
+        the newest."""
+        usable = [each for each in self.connections_to(peer) if not each.is_closed]
+        return max(usable, key=_rank, default=None)
+
+    async def disconnect(self, peer: PeerId, reason: str = "") -> int:
+        """Close every connection to a peer in order.
+
+        Returns:
+            how many there were.
+        """
+        some = self.connections_to(peer)
+        async with trio.open_nursery() as nursery:
+            for connection in some:
+                nursery.start_soon(connection.close, reason)
+        return len(some)
+
+    def ban(self, target: str, seconds: float) -> None:
+        """Keep a peer or an IP out for a while, and end its connections at once.
+
+        Args:
+            target: peer id, or IP address (of an IPv6 address, its /64).
+            seconds: for how long.
+
+        Raises:
+            AddressError: it is neither.
+        """
+        key = self.admission.ban(target, trio.current_time(), seconds)
+        self.events.emit(Banned(target=key, seconds=seconds))
+        for connection in self.all_connections():
+            ip = connection.ticket.ip
+            if key == connection.peer or (ip is not None and addresses.subnet_key(ip) == key):
+                connection.connection.abort("the peer was banned")
+
+    # What py-libp2p's services call
+
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        """Connect to a peer at the addresses that the peerstore has."""
+        try:
+            known = self.peerstore.addrs(peer_id)
+        except PeerStoreError:
+            known = []
+        try:
+            return [await self.dial(peer_of(peer_id), known)]
+        except (KasError, ValueError) as error:
+            raise SwarmException(str(error)) from error
+
+    async def dial_addr(self, addr: Multiaddr, peer_id: ID, **_: object) -> INetConn:
+        """Connect to a peer at one address."""
+        try:
+            return await self.dial(peer_of(peer_id), [addr])
+        except (KasError, ValueError) as error:
+            raise SwarmException(str(error)) from error
+
+    async def dial_peer_replacement(self, peer_id: ID) -> INetConn | None:
+        """Connect anew, beside what there is."""
+        try:
+            return await self.dial(peer_of(peer_id), self.peerstore.addrs(peer_id), fresh=True)
+        except (KasError, ValueError, PeerStoreError):
+            return None
+
+    async def new_stream(self, peer_id: ID) -> INetStream:
+        """A bare stream to a peer; connects if need be."""
+        connection = self.connection_to(peer_of(peer_id))
+        if connection is None:
+            connection = cast(SwarmConnection, (await self.dial_peer(peer_id))[0])
+        return await connection.new_stream()
+
+    async def close_peer(self, peer_id: ID) -> None:
+        """Close every connection to a peer in order."""
+        await self.disconnect(peer_of(peer_id))
+
+    def _best_connection(self, connections: list[INetConn]) -> INetConn:
+        return max(cast(list[SwarmConnection], connections), key=_rank)
+
+    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> Any:
+        """Refused: a connection of another transport knows none of our limits."""
+        raise SwarmException("this swarm carries its own connections only")
+
+    async def dial_addr_as_responder(self, *_: object, **__: object) -> Any:
+        """Refused: roles are given with `upgrade_raw`."""
+        raise SwarmException("use Swarm.upgrade_raw(..., initiator=False)")
+
+    async def upgrade_outbound_raw_conn(self, raw_conn: IRawConnection, peer_id: ID, **_: object) -> Any:
+        """Refused: see `upgrade_raw`."""
+        raise SwarmException("use Swarm.upgrade_raw")
+
+    async def upgrade_inbound_raw_conn(self, raw_conn: IRawConnection, maddr: Multiaddr, **_: object) -> Any:
+        """Refused: see `upgrade_raw`."""
+        raise SwarmException("use Swarm.upgrade_raw")
+
+    async def upgrade_raw(
+        self, raw: RawConnection, *, peer: PeerId | None, initiator: bool, path: Path = DIRECT
+    ) -> SwarmConnection:
+        """Make a connection of a byte pipe that was obtained in another way: a circuit, a punched hole.
+
+        Args:
+            raw: the pipe; closed if this fails.
+            peer: who must be at the other end.
+            initiator: our role, whoever dialed.
+            path: the way that the pipe takes.
+
+        Raises:
+            Refused: a list or limit of ours forbids it.
+            UpgradeError: the handshakes failed.
+            ConnectionLost: this node is not running.
+        """
+        started = trio.current_time()
+        if self._carrying is None:
+            raw.abort()
+            raise ConnectionLost("this node is not running")
+        ip = _ip_of(raw.remote_address) if path.kind is not PathKind.RELAYED else None
+        try:
+            ticket = (
+                self.admission.admit_dial(peer, started) if initiator else self.admission.admit_inbound(ip, started)
+            )
+        except Refused:
+            raw.abort()
+            raise
+        kept = False
+        connection: Connection | None = None
+        try:
+            connection = await upgrade(
+                raw, identity=self.identity, initiator=initiator, expected=peer, config=self.config, path=path
+            )
+            self._establish(ticket, connection)
+            wrapped = SwarmConnection(self, connection, ticket)
+            await self._carrying.start(self._carry, wrapped, trio.current_time() - started)
+            kept = True
+            return wrapped
+        finally:
+            if not kept:
+                ticket.release()
+                if connection is not None:
+                    connection.abort("it was refused")
+
+    # Notifees
+
+    def _notify_soon(self, method: str, *arguments: object) -> None:
+        """Tell every notifee, each in its own time and in order. Nobody waits for a notifee."""
+        if self._tasks is None:
+            return
+        for notifee in self.notifees:
+            feed = self._feeds.setdefault(id(notifee), _Feed())
+            if len(feed.queue) >= NOTIFEE_QUEUE:
+                self.events.emit(LimitHit(reason="notifee_queue", peer=None, address=""))
+                continue
+            feed.queue.append((method, arguments))
+            if not feed.busy:
+                feed.busy = True
+                self._tasks.start_soon(self._feed, notifee, feed)
+
+    async def _feed(self, notifee: INotifee, feed: _Feed) -> None:
+        try:
+            while feed.queue:
+                method, arguments = feed.queue.popleft()
+                try:
+                    await getattr(notifee, method)(self, *arguments)
+                except Exception:  # noqa: BLE001 - a notifee is another library's code, as a handler is
+                    logger.exception("%s.%s failed", type(notifee).__name__, method)
+        finally:
+            feed.busy = False
+            if not feed.queue:
+                self._feeds.pop(id(notifee), None)
+
+    async def _notify(self, method: str, *args: Any) -> None:
+        self._notify_soon(method, *args)
+
+
+def _rank(connection: SwarmConnection) -> tuple[bool, int, int]:
+    transport = connection.connection
+    return transport.path.kind is not PathKind.RELAYED, len(transport.streams), transport.number
+
+
+def _ip_of(address: str) -> str | None:
+    where = addresses.ip_port(address)
+    return where[0].partition("%")[0] if where is not None else None
+
+
+def _of_peer(address: Multiaddr | str, peer: PeerId | None) -> Multiaddr:
+    """The address, parsed.
+
+    Raises:
+        AddressError: it is malformed, or another peer's.
+    """
+    parsed = addresses.parse(address)
+    owner = addresses.peer_of(parsed)
+    if owner is not None and peer is not None and owner != peer:
+        raise AddressError(f"{parsed} is an address of another peer than {peer}")
+    return parsed
+
+
+def _again(error: KasError | None) -> KasError:
+    """The same failure, for one more of those who waited for it."""
+    if isinstance(error, DialError):
+        again: KasError = DialError(error.target, error.failures, error.hint)
+    elif isinstance(error, Refused):
+        again = Refused(error.limit, str(error))
+    else:
+        again = ConnectionLost(str(error))
+    again.__cause__ = error
+    return again
