@@ -6,8 +6,8 @@ usage: python tests/perf/sync.py [--delays none,50,100] [--rounds 3] [--ways pla
 --delays: milliseconds each way on a wire between two namespaces; "none" is this host's loopback, without a wire.
 --ways: plain (kaspad dials kaspad), bridges (kas-bridge in front of each), raw (the same bytes over one TCP stream:
     what the path itself allows).
---live: also live blocks, 10 per second, of 240 kB and empty: time from A to B, and the share of a core that each process
-    took.
+--live: also live blocks, 10 per second, of 240 kB and empty: time from A to B, and the share of a core that each
+    process took.
 --json: where the figures go as JSON, one object.
 
 Only ratios within one run mean anything on a shared machine.
