@@ -13,8 +13,8 @@ Hearing
     as unsigned. Addresses that we can't read are skipped: others know transports that we don't.
 
 Pushing
-    A change is pushed when nothing has changed for a second, but not later than some seconds after the first change, and
-    not sooner after the last push than go lets a peer push. What a peer pushes is limited in the same way.
+    A change is pushed when nothing has changed for a second, but not later than some seconds after the first change,
+    and not sooner after the last push than go lets a peer push. What a peer pushes is limited in the same way.
 
 Sources: libp2p specs ``identify/README.md``, RFC 0002 and 0003.
 """
@@ -234,7 +234,7 @@ def open_record(data: bytes, peer: PeerId) -> tuple[int, list[bytes]]:
 def for_remote(listen: Iterable[Multiaddr], remote: str) -> list[Multiaddr]:
     """Of our addresses those that mean something where the peer is.
 
-    A peer on this machine is told all; one in our site the private and public ones; one on the internet the public ones.
+    A peer on this machine is told all; one in our site the private and public ones; one on the internet the public.
     Relayed addresses are judged by their relay.
     """
     if addr.is_loopback(remote):

@@ -85,11 +85,11 @@ class Identify:
 
     async def handle(self, stream: YamuxStream) -> None:
         """Serve ``/ipfs/id/1.0.0``."""
-        with trio.move_on_after(TIMEOUT):
+        with trio.move_on_after(TIMEOUT) as scope:
             await stream.send_all(self._statement(stream.connection))
             await stream.send_eof()
-            return
-        stream.reset()
+        if scope.cancelled_caught:
+            stream.reset()
 
     def _statement(self, connection: Connection) -> bytes:
         listen = for_remote(self._listen(), connection.remote_address)

@@ -16,21 +16,21 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 from multiaddr import Multiaddr
 
-from kas_libp2p import __version__, addresses, identify, perf, ping, seams
-from kas_libp2p._admission import Policy
+from kas_libp2p import __version__, addresses, identify, perf, ping
 from kas_libp2p._identify import PeerInfo
 from kas_libp2p.addresses import parse_target
 from kas_libp2p.config import Config, Limits
-from kas_libp2p.errors import AddressError, ConnectionLost, DialError, ListenError, Refused
-from kas_libp2p.events import EventBus, LimitHit, Subscription
+from kas_libp2p.errors import ListenError, Refused
+from kas_libp2p.events import LimitHit, Subscription
 from kas_libp2p.identity import Identity
 from kas_libp2p.metadata import Dialect, Direction, OverlayStream, Path, PeerId
 from kas_libp2p.seams import KASPA, KaspaStreams, is_kaspa
-from kas_libp2p.swarm import Network, Swarm, SwarmConnection
+from kas_libp2p.swarm import Network, Policy, Swarm, SwarmConnection
 from kas_libp2p.transport.connection import Connection
 from kas_libp2p.transport.yamux.stream import YamuxStream
 
@@ -205,8 +205,8 @@ class Node:
 
         Args:
             target: a multiaddr, with or without peer id; a peer id; or ``ip:port`` of a libp2p listener.
-            protocol: one protocol id, or several in order of preference. Left out: a Kaspa stream, of which there is one
-                per connection (see `kas_libp2p.seams`); which dialect was agreed on stands in the stream's metadata.
+            protocol: one protocol id, or several in order of preference. Left out: a Kaspa stream, of which there is
+                one per connection (see `kas_libp2p.seams`); the dialect agreed on stands in the stream's metadata.
             addresses: addresses of the peer beside those that are known.
 
         Returns:
@@ -358,7 +358,7 @@ class Node:
         return self.swarm.admission.unban(target)
 
     def set_policy(self, policy: Policy | None) -> None:
-        """Ask a function about every connection, see `kas_libp2p._admission.Policy`; ``None`` to ask nobody."""
+        """Ask a function about every connection, see `kas_libp2p.swarm.Policy`; ``None`` to ask nobody."""
         self.swarm.admission.policy = policy
 
     def known_peer_at(self, ip: str, port: int) -> PeerId | None:
@@ -432,7 +432,7 @@ class Node:
 
     # Wiring
 
-    async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _run(self, *, task_status: Any) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self.swarm.carry)
             self._nursery = nursery

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -156,7 +157,7 @@ class TcpStream(OverlayStream):
         )
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self._stream.send_all(data)
+        await self._stream.send_all(data if isinstance(data, bytes | memoryview) else memoryview(data))
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
@@ -173,7 +174,7 @@ class TcpStream(OverlayStream):
     def reset(self, code: int = 0) -> None:
         """Abort with a TCP reset. TCP has no codes."""
         try:
-            self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+            self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         except OSError as error:
             if error.errno != errno.EBADF:  # it was closed before
                 raise
@@ -305,8 +306,8 @@ class OutboundConnector:
 async def serve_with_incoming(node: Overlay, handler: Handler) -> None:
     """Hand incoming Kaspa streams over, each at once and in a task of its own.
 
-    Returns as soon as they are served. A handler that waits for a silent peer holds up nobody; one that raises loses its
-    stream. The stream is closed when its handler returns.
+    Returns as soon as they are served. A handler that waits for a silent peer holds up nobody; one that raises loses
+    its stream. The stream is closed when its handler returns.
 
     Args:
         node: the overlay.

@@ -1,18 +1,18 @@
 """py-libp2p's swarm with our transport in it: who is connected, who may be, and how a connection comes and goes.
 
 What is py-libp2p's and what is ours
-    py-libp2p 0.8.1's `libp2p.network.swarm.Swarm` is the base class, so that its services (BasicHost and what builds on
-    it: pubsub, DHT …) take this swarm for one of theirs. Of it we keep the table of connections, the peerstore, the list
-    of notifees, tags and protection, and the choice among several connections. Everything that dials, listens, upgrades,
-    registers, opens streams, closes or runs is replaced, as each of these has a defect that a user would see: inbound
-    slots that are never released, fixed sleeps in dialing and closing, dials that nobody asked for, notifees that stall a
-    dial, plaintext as a default, py-libp2p's own Yamux. Its connection gate, pruner, auto-connector, health monitor,
-    resource manager and transports are made by the base class and never started.
+    py-libp2p 0.8.1's `libp2p.network.swarm.Swarm` is the base class, so that its services (BasicHost and what builds
+    on it: pubsub, DHT …) take this swarm for one of theirs. Of it we keep the table of connections, the peerstore, the
+    list of notifees, tags and protection. Everything that dials, listens, upgrades, registers, chooses, opens streams,
+    closes or runs is replaced, as each of these has a defect that a user would see: inbound slots that are never
+    released, fixed sleeps in dialing and closing, dials that nobody asked for, notifees that stall a dial, plaintext as
+    a default, py-libp2p's own Yamux. Its connection gate, pruner, auto-connector, health monitor, resource manager and
+    transports are made by the base class and never started.
 
 One connection
-    A `Ticket` of the admission (`kas_libp2p._admission`) is taken before anything is spent and released in a ``finally``
-    around everything that follows. The task that did the upgrade of an inbound connection goes on to carry it; an
-    outbound one gets a task when its dial has won. So a connection costs one task here, and the transport's own.
+    A `Ticket` of the admission (`kas_libp2p.swarm._admission`) is taken before anything is spent, and released in a
+    ``finally`` around everything that follows. The task that did the upgrade of an inbound connection goes on to carry
+    it; an outbound one gets a task when its dial has won. So a connection costs one task here, and the transport's own.
     `SwarmConnection` is at once py-libp2p's ``INetConn`` and ``IMuxedConn``: one small object.
 
 Streams
@@ -30,16 +30,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import trio
-from libp2p.abc import IHost, IListener, IMuxedConn, IMuxedStream, INetConn, INetStream, INotifee, IRawConnection
-from libp2p.connection_types import ConnectionType
+from libp2p.abc import IHost, IMuxedConn, INetConn, INetStream, INotifee, IRawConnection
 from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.custom_types import StreamHandlerFn, TProtocol
+from libp2p.custom_types import StreamHandlerFn
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream import exceptions as stream_errors
@@ -50,7 +48,6 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from kas_libp2p import addresses
-from kas_libp2p._admission import Admission, Ticket
 from kas_libp2p.config import Config
 from kas_libp2p.errors import (
     AddressError,
@@ -59,7 +56,6 @@ from kas_libp2p.errors import (
     DialError,
     KasError,
     ListenError,
-    NegotiationError,
     Refused,
     RemoteProtocolError,
     Stage,
@@ -84,7 +80,10 @@ from kas_libp2p.events import (
     UpgradeFailed,
 )
 from kas_libp2p.identity import Identity
-from kas_libp2p.metadata import DIRECT, Direction, Path, PathKind, PeerId
+from kas_libp2p.metadata import DIRECT, Path, PathKind, PeerId
+from kas_libp2p.swarm._admission import Admission, Ticket
+from kas_libp2p.swarm.connection import ListenerDoor, SwarmConnection, id_of, peer_of
+from kas_libp2p.swarm.network import Listener, Network
 from kas_libp2p.transport.connection import Connection
 from kas_libp2p.transport.raw import RawConnection
 from kas_libp2p.transport.tcp import race
@@ -104,243 +103,6 @@ RESOURCES, NEGOTIATION = 0x1002, 0x1001
 """libp2p stream error codes: a limit was hit, no protocol was agreed on."""
 
 
-class Listener(Protocol):
-    """What the swarm needs of a listening socket."""
-
-    @property
-    def address(self) -> Multiaddr: ...
-
-    def addresses(self) -> Sequence[Multiaddr]: ...
-
-    async def accept(self) -> RawConnection: ...
-
-    def close(self) -> None: ...
-
-
-class Network(Protocol):
-    """What the swarm needs from below: byte pipes. TCP, or something in memory in tests."""
-
-    async def listen(self, address: Multiaddr) -> Listener: ...
-
-    async def dial(self, address: Multiaddr) -> RawConnection: ...
-
-    async def resolve(self, address: Multiaddr) -> Sequence[Multiaddr]: ...
-
-    def address_changes(self) -> AsyncIterator[object]: ...
-
-
-@lru_cache(maxsize=4096)
-def id_of(peer: PeerId) -> ID:
-    """py-libp2p's form of a peer id."""
-    return ID.from_base58(peer)
-
-
-def peer_of(peer: ID | str) -> PeerId:
-    """Our form of a peer id."""
-    return PeerId(peer if isinstance(peer, str) else peer.to_base58())
-
-
-class SwarmStream(INetStream, IMuxedStream):
-    """A stream as py-libp2p's services know one."""
-
-    metric_send_channel = None
-
-    def __init__(self, connection: SwarmConnection, stream: YamuxStream) -> None:
-        self.muxed_conn = connection
-        self.muxed_stream = self
-        self.swarm_conn = connection
-        self.stream = stream
-        self._protocol = TProtocol(stream.protocol) if stream.protocol else None
-
-    def get_protocol(self) -> TProtocol | None:
-        return self._protocol
-
-    def set_protocol(self, protocol_id: TProtocol) -> None:
-        self._protocol = protocol_id
-
-    async def read(self, n: int | None = None) -> bytes:
-        """Read up to ``n`` bytes, or what is there.
-
-        Raises:
-            StreamEOF, StreamReset, StreamClosed: py-libp2p's.
-        """
-        if n == 0:
-            return b""
-        try:
-            data = await self.stream.receive_some(n if n is not None and n > 0 else None)
-        except (trio.BrokenResourceError, NegotiationError) as error:
-            raise stream_errors.StreamReset(str(error)) from error
-        except trio.ClosedResourceError as error:
-            raise stream_errors.StreamClosed(str(error)) from error
-        if not data:
-            raise stream_errors.StreamEOF
-        return data
-
-    async def write(self, data: bytes) -> None:
-        """Write.
-
-        Raises:
-            StreamReset, StreamClosed: py-libp2p's.
-        """
-        try:
-            await self.stream.send_all(data)
-        except (trio.BrokenResourceError, NegotiationError) as error:
-            raise stream_errors.StreamReset(str(error)) from error
-        except trio.ClosedResourceError as error:
-            raise stream_errors.StreamClosed(str(error)) from error
-
-    async def close_write(self) -> None:
-        """End our direction."""
-        try:
-            await self.stream.send_eof()
-        except (trio.BrokenResourceError, NegotiationError) as error:
-            raise stream_errors.StreamReset(str(error)) from error
-        except trio.ClosedResourceError as error:
-            raise stream_errors.StreamClosed(str(error)) from error
-
-    async def close(self) -> None:
-        await self.stream.aclose()
-        self.muxed_conn.forget_stream(self)
-
-    async def reset(self) -> None:
-        self.stream.reset()
-        self.muxed_conn.forget_stream(self)
-
-    def set_deadline(self, ttl: int) -> None:
-        """Not supported; use trio's cancel scopes."""
-        raise NotImplementedError("use trio.fail_after")
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        return self.muxed_conn.get_remote_address()
-
-    async def __aenter__(self) -> SwarmStream:
-        return self
-
-
-def _started() -> trio.Event:
-    event = trio.Event()
-    event.set()
-    return event
-
-
-class SwarmConnection(INetConn, IMuxedConn):
-    """A connection in the swarm's table.
-
-    Attributes:
-        connection: the transport's connection.
-        ticket: the places that it holds.
-        last_used: when a stream was last opened, or known to be open; trio's clock.
-    """
-
-    event_started = _started()  # nobody sees a connection that has not started
-
-    def __init__(self, swarm: Swarm, connection: Connection, ticket: Ticket) -> None:
-        self.swarm = swarm
-        self.connection = connection
-        self.ticket = ticket
-        self.peer_id = id_of(connection.peer)
-        self.last_used = connection.opened_at
-        self._net_streams: set[SwarmStream] | None = None
-
-    def __repr__(self) -> str:
-        return repr(self.connection)
-
-    # Ours
-
-    @property
-    def peer(self) -> PeerId:
-        """Who is at the other end."""
-        return self.connection.peer
-
-    @property
-    def path(self) -> Path:
-        """The way it takes."""
-        return self.connection.path
-
-    async def open_stream(self, *protocols: str) -> YamuxStream:  # type: ignore[override]
-        """Open a stream; see `kas_libp2p.transport.connection.Connection.open_stream`."""
-        self.last_used = trio.current_time()
-        return await self.connection.open_stream(*protocols)
-
-    async def close(self, reason: str = "") -> None:
-        """End it in order, see `Connection.aclose`."""
-        await self.connection.aclose(reason)
-
-    # INetConn and IMuxedConn
-
-    @property
-    def muxed_conn(self) -> IMuxedConn:  # type: ignore[override]
-        return self
-
-    @property
-    def is_initiator(self) -> bool:
-        return self.connection.initiator
-
-    @property
-    def is_closed(self) -> bool:
-        return self.connection.closing
-
-    @property
-    def is_established(self) -> bool:
-        return not self.connection.closing
-
-    @property
-    def direction(self) -> str:
-        """``inbound`` or ``outbound``, as py-libp2p's metrics compare it."""
-        return str(self.connection.direction)
-
-    async def start(self) -> None:
-        """Nothing to do: the swarm runs its connections."""
-
-    async def accept_stream(self) -> IMuxedStream:
-        """Not offered: the swarm hands each stream to its handler at once."""
-        raise NotImplementedError("inbound streams go to the handlers of the swarm")
-
-    async def new_stream(self) -> SwarmStream:
-        """A bare stream: its user negotiates.
-
-        Raises:
-            SwarmException: the connection ended, or a limit is reached.
-        """
-        try:
-            return self.net_stream(await self.open_stream())
-        except (ConnectionLost, Refused) as error:
-            raise SwarmException(str(error)) from error
-
-    def net_stream(self, stream: YamuxStream) -> SwarmStream:
-        """Wrap a stream for py-libp2p, and remember it for `get_streams`."""
-        wrapped = SwarmStream(self, stream)
-        if self._net_streams is None:
-            self._net_streams = set()
-        self._net_streams.add(wrapped)
-        self.swarm._notify_soon("opened_stream", wrapped)
-        return wrapped
-
-    def forget_stream(self, stream: SwarmStream) -> None:
-        """A wrapped stream ended. May be called again."""
-        if self._net_streams and stream in self._net_streams:
-            self._net_streams.discard(stream)
-            self.swarm._notify_soon("closed_stream", stream)
-
-    def get_streams(self) -> tuple[INetStream, ...]:
-        """The open streams. Those of our own services are wrapped for the occasion."""
-        wrapped = {each.stream: each for each in self._net_streams or ()}
-        return tuple(wrapped.get(stream) or SwarmStream(self, stream) for stream in self.connection.streams)
-
-    def get_transport_addresses(self) -> list[Multiaddr]:
-        return [addresses.parse(self.connection.remote_address)]
-
-    def get_connection_type(self) -> ConnectionType:
-        relayed = self.connection.path.kind is PathKind.RELAYED
-        return ConnectionType.RELAYED if relayed else ConnectionType.DIRECT
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        return addresses.ip_port(self.connection.remote_address)
-
-    def remove_stream(self, stream: SwarmStream) -> None:
-        self.forget_stream(stream)
-
-
 @dataclass(slots=True)
 class _Served:
     """A protocol that is served here."""
@@ -350,22 +112,6 @@ class _Served:
     max_per_peer: int
     open: int = 0
     per_peer: dict[PeerId, int] = field(default_factory=dict)
-
-
-class _ListenerDoor(IListener):
-    """A listener as py-libp2p knows one."""
-
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
-
-    async def listen(self, maddr: Multiaddr) -> None:
-        raise NotImplementedError("it listens already")
-
-    def get_addrs(self) -> tuple[Multiaddr, ...]:
-        return tuple(self.listener.addresses())
-
-    async def close(self) -> None:
-        self.listener.close()
 
 
 class _Feed:
@@ -467,7 +213,7 @@ class Swarm(BaseSwarm):
         """Run as a service of py-libp2p."""
         await self.carry()
 
-    async def carry(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def carry(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled or closed; then end everything in order, within about two seconds."""
         if self._stop is not None:
             raise RuntimeError("a swarm runs once")
@@ -490,7 +236,7 @@ class Swarm(BaseSwarm):
         finally:
             self._tasks = self.background_nursery = None
 
-    async def _carry_connections(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _carry_connections(self, *, task_status: Any) -> None:
         assert self._stop is not None
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
@@ -529,7 +275,7 @@ class Swarm(BaseSwarm):
                 raise ListenError("this node is shutting down")
             if not self.listeners:
                 self._tasks.start_soon(self._watch_addresses)
-            self.listeners[str(listener.address)] = _ListenerDoor(listener)
+            self.listeners[str(listener.address)] = ListenerDoor(listener)
             self._tasks.start_soon(self._accept, listener)
             for each in listener.addresses():
                 self.events.emit(Listening(address=str(each)))
@@ -539,7 +285,7 @@ class Swarm(BaseSwarm):
 
     def listen_addresses(self) -> tuple[str, ...]:
         """Where we listen, wildcards replaced by the addresses of the interfaces; without our peer id."""
-        doors = [door for door in self.listeners.values() if isinstance(door, _ListenerDoor)]
+        doors = [door for door in self.listeners.values() if isinstance(door, ListenerDoor)]
         return tuple(dict.fromkeys(str(address) for door in doors for address in door.get_addrs()))
 
     def _check_addresses(self) -> None:
@@ -556,7 +302,7 @@ class Swarm(BaseSwarm):
 
     def _close_listeners(self) -> None:
         for door in self.listeners.values():
-            assert isinstance(door, _ListenerDoor)
+            assert isinstance(door, ListenerDoor)
             door.listener.close()
             self._notify_soon("listen_close", door.listener.address)
         self.listeners.clear()
@@ -626,7 +372,7 @@ class Swarm(BaseSwarm):
         connection: SwarmConnection,
         seconds: float,
         *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+        task_status: Any = trio.TASK_STATUS_IGNORED,
     ) -> None:
         transport = connection.connection
         self.connections.setdefault(connection.peer_id, []).append(connection)
@@ -1012,8 +758,10 @@ class Swarm(BaseSwarm):
         return [cast(SwarmConnection, each) for each in self.connections.get(id_of(peer), ())]
 
     def connection_to(self, peer: PeerId) -> SwarmConnection | None:
-        """The best connection to a peer that takes new streams: direct or punched before relayed, then the busiest, then
-        the newest."""
+        """The best connection to a peer that takes new streams.
+
+        Direct or punched ones before relayed, then the busiest, then the newest.
+        """
         usable = [each for each in self.connections_to(peer) if not each.is_closed]
         return max(usable, key=_rank, default=None)
 
@@ -1059,7 +807,7 @@ class Swarm(BaseSwarm):
         except (KasError, ValueError) as error:
             raise SwarmException(str(error)) from error
 
-    async def dial_addr(self, addr: Multiaddr, peer_id: ID, **_: object) -> INetConn:
+    async def dial_addr(self, addr: Multiaddr, peer_id: ID, source: tuple[str, int] | None = None) -> INetConn:
         """Connect to a peer at one address."""
         try:
             return await self.dial(peer_of(peer_id), [addr])
@@ -1095,11 +843,11 @@ class Swarm(BaseSwarm):
         """Refused: roles are given with `upgrade_raw`."""
         raise SwarmException("use Swarm.upgrade_raw(..., initiator=False)")
 
-    async def upgrade_outbound_raw_conn(self, raw_conn: IRawConnection, peer_id: ID, **_: object) -> Any:
+    async def upgrade_outbound_raw_conn(self, raw_conn: IRawConnection, peer_id: ID, pre_scope: Any = None) -> Any:
         """Refused: see `upgrade_raw`."""
         raise SwarmException("use Swarm.upgrade_raw")
 
-    async def upgrade_inbound_raw_conn(self, raw_conn: IRawConnection, maddr: Multiaddr, **_: object) -> Any:
+    async def upgrade_inbound_raw_conn(self, raw_conn: IRawConnection, maddr: Multiaddr, pre_scope: Any = None) -> Any:
         """Refused: see `upgrade_raw`."""
         raise SwarmException("use Swarm.upgrade_raw")
 
@@ -1170,7 +918,7 @@ class Swarm(BaseSwarm):
                 method, arguments = feed.queue.popleft()
                 try:
                     await getattr(notifee, method)(self, *arguments)
-                except Exception:  # noqa: BLE001 - a notifee is another library's code, as a handler is
+                except Exception:  # a notifee is another library's code, as a handler is
                     logger.exception("%s.%s failed", type(notifee).__name__, method)
         finally:
             feed.busy = False

@@ -21,6 +21,7 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kas_libp2p import addresses
 from kas_libp2p.config import Limits
@@ -213,9 +214,9 @@ class Admission:
     def _establish(self, ticket: Ticket, peer: PeerId, now: float) -> None:
         self._settle(ticket)
         self._check_peer(peer, now)
-        if ticket.direction is Direction.INBOUND and self._allow:
-            if peer not in self._allow.peers and not self._allow.has_ip(ticket.ip):
-                raise Refused("allow", f"{peer} is not on the allow list")
+        allowed = not self._allow or peer in self._allow.peers or self._allow.has_ip(ticket.ip)
+        if ticket.direction is Direction.INBOUND and not allowed:
+            raise Refused("allow", f"{peer} is not on the allow list")
         self._ask(Candidate(ticket.direction, ticket.ip, peer))
         if self._per_peer[peer] >= self.limits.max_per_peer:
             raise Refused("max_per_peer", f"there are {self._per_peer[peer]} connections to {peer}")
@@ -315,9 +316,10 @@ def _ban_key(target: str) -> str:
         raise AddressError(f"{target} is neither a peer id nor an IP address") from None
 
 
-def _decrement(counter: Counter[str] | Counter[PeerId], key: str) -> None:
-    left = counter[key] - 1  # type: ignore[index]
-    if left:
-        counter[key] = left  # type: ignore[index]
-    else:
-        del counter[key]  # type: ignore[arg-type]
+K = TypeVar("K")
+
+
+def _decrement(counter: Counter[K], key: K) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
