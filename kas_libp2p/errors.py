@@ -7,6 +7,7 @@
     ├─ AddressError           a text is no usable multiaddr, peer id or ip:port                  (also ValueError)
     ├─ IdentityError          a key file is unreadable, damaged, or readable by others
     ├─ ListenError            no listener could be opened; says what holds the port
+    ├─ ResolveError           a name in an address leads nowhere; says which and why
     ├─ DialError              no address of a peer led to a verified connection; one reason per address
     ├─ UpgradeError           one connection failed between TCP accept and the first stream
     │  ├─ NegotiationError    multistream-select: no common protocol, or malformed
@@ -54,6 +55,10 @@ class IdentityError(KasError):
 
 class ListenError(KasError):
     """A listener could not be opened. The text says who holds the port, as far as the system tells."""
+
+
+class ResolveError(KasError):
+    """A name in an address could not be resolved. The text says which name, and what the resolver answered."""
 
 
 class Stage(StrEnum):

@@ -89,6 +89,21 @@ class AddressFailed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptFailed(Event):
+    """The system could not hand over an inbound connection. The listener goes on.
+
+    Attributes:
+        address: the listener.
+        reason: the system's name of the error, as ``EMFILE``.
+        pause: seconds for which the listener waits before it tries again; 0 if it went on at once.
+    """
+
+    address: str
+    reason: str
+    pause: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InboundRefused(Event):
     """An inbound connection was refused before the handshake.
 
