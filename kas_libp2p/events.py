@@ -353,7 +353,7 @@ class EventBus:
     def emit(self, event: Event) -> None:
         """Count the event and hand it to all subscribers. Never waits."""
         detail = getattr(event, "layer", None) or getattr(event, "stage", None) or ""
-        if isinstance(event, InboundRefused | LimitHit | KaspaPeerEnded):
+        if isinstance(event, AcceptFailed | InboundRefused | LimitHit | KaspaPeerEnded):
             detail = event.reason
         self.counts[event.name, detail] += 1
         if self._subscriptions:
