@@ -18,6 +18,7 @@ import base64
 import binascii
 import functools
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, TypeAlias
@@ -171,6 +172,15 @@ def components(address: Address) -> tuple[Component, ...]:
         AddressError: no multiaddr.
     """
     return _decode(bytes(_from_text(address) if isinstance(address, str) else address))
+
+
+def join(parts: Iterable[Component]) -> Multiaddr:
+    """The address with these components.
+
+    Raises:
+        AddressError: one of them is none.
+    """
+    return Multiaddr(_encode(tuple(parts)))
 
 
 def _from_text(text: str) -> Multiaddr:
@@ -367,7 +377,20 @@ def from_ip_port(ip: str, port: int) -> Multiaddr:
     Raises:
         AddressError: no IP address, or a port outside 0 to 65535.
     """
-    return Multiaddr(_encode((*_ip_pairs(ip), ("tcp", str(_port(port))))))
+    return join((*ip_components(ip), ("tcp", str(_port(port)))))
+
+
+def ip_components(ip: str) -> tuple[Component, ...]:
+    """The components of an IP: ``/ip4``, ``/ip6``, or ``/ip6zone`` and ``/ip6``; a mapped IPv4 address becomes IPv4.
+
+    Raises:
+        AddressError: no IP address.
+    """
+    where = _unmapped(_ip(ip))
+    if where.version == 4:
+        return (("ip4", str(where)),)
+    plain, _, zone = str(where).partition("%")
+    return (("ip6zone", zone), ("ip6", plain)) if zone else (("ip6", plain),)
 
 
 def ip_port_text(ip: str, port: int) -> str:
@@ -433,6 +456,12 @@ def is_wildcard(address: Address) -> bool:
     return where is not None and not isinstance(where, str) and where.is_unspecified
 
 
+def is_multicast(address: Address) -> bool:
+    """Whether the first hop is a multicast group."""
+    where = _first_hop(address)
+    return where is not None and not isinstance(where, str) and _unmapped(where).is_multicast
+
+
 def is_link_local(address: Address) -> bool:
     """Whether the first hop is 169.254.0.0/16 or fe80::/10, which mean something on one link only."""
     where = _first_hop(address)
@@ -473,14 +502,6 @@ def _ip(text: str) -> _IPAddress:
         return ipaddress.ip_address(text)
     except ValueError:
         raise AddressError(f"{_short(text)} is no IP address") from None
-
-
-def _ip_pairs(ip: str) -> tuple[Component, ...]:
-    where = _unmapped(_ip(ip))
-    if where.version == 4:
-        return (("ip4", str(where)),)
-    plain, _, zone = str(where).partition("%")
-    return (("ip6zone", zone), ("ip6", plain)) if zone else (("ip6", plain),)
 
 
 def _unmapped(where: _IPAddress) -> _IPAddress:
