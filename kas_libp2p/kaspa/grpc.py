@@ -1,0 +1,182 @@
+"""Whole messages over gRPC's one stream on HTTP/2, on any stream of bytes: TCP, memory, or through the overlay.
+
+The shell of `kas_libp2p.kaspa._grpc`: one task reads, one writes and keeps time. Both dialects of a Kaspa stream look
+the same from above, as a `MessageChannel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import trio
+from trio import TaskStatus  # type: ignore[attr-defined,unused-ignore]  # libp2p brings stubs that lack it
+
+from kas_libp2p.errors import ConnectionLost, KasError, UpgradeError
+from kas_libp2p.kaspa._grpc import CANCELLED, OK, P2P_PATH, RPC_PATH, GrpcMachine, GrpcSettings
+from kas_libp2p.kaspa.channel import BATCH, HIGH_WATER, MessageChannel, Piece
+
+__all__ = ["P2P_PATH", "RPC_PATH", "GrpcChannel", "GrpcSettings"]
+
+READ_SIZE = 256 * 1024
+"""Bytes read at once: as much as loopback gives, so that work per read is small beside work per byte."""
+WRITE_SIZE = 256 * 1024
+"""Bytes of messages per write."""
+CLOSE_TIMEOUT = 1.0
+"""Seconds that an orderly end may take to leave; the other side may not be reading."""
+
+
+class GrpcChannel(MessageChannel):
+    """One gRPC call as a channel of messages. Made by `client` or `server`; does nothing before `run`.
+
+    Attributes:
+        settings: how HTTP/2 is set up.
+    """
+
+    def __init__(self, stream: trio.abc.HalfCloseableStream, machine: GrpcMachine) -> None:
+        super().__init__(max_message=machine.settings.max_message)
+        self.settings = machine.settings
+        self._stream = stream
+        self._machine = machine
+        self._readers = trio.lowlevel.ParkingLot()
+        self._writers = trio.lowlevel.ParkingLot()
+        self._kick = trio.Event()
+        self._closing = False
+        self._flushed = trio.Event()
+        self._scope = trio.CancelScope()
+
+    @classmethod
+    def client(
+        cls, stream: trio.abc.HalfCloseableStream, *, settings: GrpcSettings | None = None, **changes: Any
+    ) -> Self:
+        """The end that makes the call.
+
+        Args:
+            stream: fresh; the channel owns it from now on.
+            settings: how to set HTTP/2 up; or single settings of `GrpcSettings` by name.
+        """
+        return cls(stream, _machine(True, settings, changes))
+
+    @classmethod
+    def server(
+        cls, stream: trio.abc.HalfCloseableStream, *, settings: GrpcSettings | None = None, **changes: Any
+    ) -> Self:
+        """The end that is called. Arguments as for `client`."""
+        return cls(stream, _machine(False, settings, changes))
+
+    # MessageChannel
+
+    async def _receive_batch(self) -> list[Piece]:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        machine = self._machine
+        while not machine.readable:
+            if machine.ended:
+                return []
+            if machine.error is not None:
+                raise machine.error
+            await self._readers.park()
+        pieces = machine.take(BATCH)
+        if machine.granted:
+            self._kick.set()
+        return pieces
+
+    async def _send_batch(self, pieces: Sequence[Piece]) -> None:
+        machine = self._machine
+        machine.send(pieces)
+        self._kick.set()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while machine.queued > HIGH_WATER:
+            await self._writers.park()
+            if machine.error is not None:
+                raise machine.error
+
+    async def send_eof(self) -> None:
+        self._machine.send_eof()
+        self._kick.set()
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self, reason: str = "") -> None:
+        machine = self._machine
+        if not self._closing:
+            self._closing = True
+            machine.send_eof(CANCELLED if reason else OK, reason)
+            self._kick.set()
+        try:
+            with trio.move_on_after(CLOSE_TIMEOUT):
+                await self._flushed.wait()
+        finally:
+            # Whoever still waits on the channel learns of the end before the stream goes away under it.
+            machine.lose(ConnectionLost("closed by this side" + (f": {reason}" if reason else "")))
+            self._wake_all()
+            self._scope.cancel()
+            if self._flushed.is_set():
+                await self._stream.aclose()
+            else:
+                await trio.aclose_forcefully(self._stream)
+
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write)
+                    task_status.started()
+                    await self._read()
+        finally:
+            self._machine.lose(ConnectionLost("the channel was ended by this side"))
+            self._flushed.set()
+            self._wake_all()
+
+    # Tasks
+
+    async def _read(self) -> None:
+        machine, stream = self._machine, self._stream
+        while machine.error is None:
+            try:
+                data = await stream.receive_some(READ_SIZE)
+            except _BROKEN as error:
+                self._lose(error)
+                return
+            machine.receive(data, trio.current_time())
+            self._readers.unpark_all()
+            self._kick.set()
+
+    async def _write(self) -> None:
+        machine, stream = self._machine, self._stream
+        try:
+            while True:
+                if self._closing and machine.finished:
+                    machine.close()
+                data = machine.data_to_send(WRITE_SIZE)
+                self._writers.unpark_all()
+                if data:
+                    await stream.send_all(data)
+                elif machine.error is not None or (self._closing and machine.finished):
+                    return
+                else:
+                    self._kick = trio.Event()
+                    with trio.CancelScope(deadline=machine.next_deadline()):
+                        await self._kick.wait()
+                    machine.on_timeout(trio.current_time())
+        except _BROKEN as error:
+            self._lose(error)
+        finally:
+            self._flushed.set()
+            if machine.error is not None:
+                self._scope.cancel()  # the reader may wait for a peer that is silent
+
+    def _lose(self, error: Exception) -> None:
+        self._machine.lose(error if isinstance(error, KasError) else ConnectionLost("the connection broke"))
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        self._readers.unpark_all()
+        self._writers.unpark_all()
+        self._kick.set()
+
+
+_BROKEN = (trio.BrokenResourceError, trio.ClosedResourceError, UpgradeError)
+"""What a stream raises when it is gone, or when its protocol, taken for agreed, was not."""
+
+
+def _machine(client: bool, settings: GrpcSettings | None, changes: dict[str, Any]) -> GrpcMachine:
+    return GrpcMachine(client=client, settings=settings or GrpcSettings(**changes), now=trio.current_time())
