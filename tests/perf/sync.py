@@ -26,6 +26,7 @@ from typing import Any
 
 import trio
 
+from kas_bridge.simnet.bridges import Bridges
 from kas_bridge.simnet.measure import Live, PlainTcp, Sync, Way, live, pair_of, raw_transfer, sync, timed_sync
 from kas_bridge.simnet.mine import FULL, Chain, filled_chain
 from kas_bridge.simnet.node import find_kaspad
@@ -37,7 +38,7 @@ def say(text: str) -> None:
 
 
 def ways_of(names: str) -> list[Way]:
-    known: dict[str, type[Way]] = {"plain": PlainTcp}
+    known: dict[str, type[Way]] = {"plain": PlainTcp, "bridges": Bridges}
     return [known[name]() for name in names.split(",") if name != "raw"]
 
 
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--kaspad", help="the binary; found if not given")
     parser.add_argument("--delays", default="none,50,100")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ways", default="plain,raw")
+    parser.add_argument("--ways", default="plain,bridges,raw")
     parser.add_argument("--full", type=int, default=1500, help="filled blocks in the chain")
     parser.add_argument("--live", action="store_true")
     parser.add_argument("--live-blocks", type=int, default=200)
