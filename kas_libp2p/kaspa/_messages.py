@@ -351,7 +351,8 @@ class Reader:
         if self._closed:
             raise RemoteProtocolError("data after the close")
         if self._kind < 0:
-            at = self._fill(at, HEADER)
+            if len(self._kept) < HEADER:
+                at = self._fill(at, HEADER)
             if len(self._kept) >= HEADER and self._kept[0] == Kind.BEGIN:
                 at = self._fill(at, HEADER + 4)
                 if len(self._kept) < HEADER + 4:

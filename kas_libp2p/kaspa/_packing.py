@@ -1,9 +1,10 @@
 """Does compression pay on this direction, now? Pure: times and counts are passed in.
 
 To send a byte plain takes ``1 / rate`` of the link. Packed it takes ``ratio / rate`` of the link and ``1 / speed`` of
-the processors at both ends. So packing pays where ``rate < speed * (1 - ratio)``, with all three measured here: the link's
-rate only while it was the link that held us up (a peer that says it was busy and did not read is not the link), speed
-and ratio on the very bytes that were packed. A fast link does not hold us up, or has a high rate: nothing is packed.
+the processors at both ends. So packing pays where ``rate < speed * (1 - ratio)``, with all three measured here: the
+link's rate only while it was the link that held us up (a peer that says it was busy and did not read is not the link),
+speed and ratio on the very bytes that were packed. A fast link does not hold us up, or has a high rate: nothing is
+packed for it.
 """
 
 from __future__ import annotations
