@@ -58,7 +58,7 @@ from kas_libp2p.kaspa._join import (
 )
 from kas_libp2p.kaspa._messages import CloseCode
 from kas_libp2p.kaspa.channel import MAX_MESSAGE, MessageChannel
-from kas_libp2p.kaspa.grpc import GrpcChannel
+from kas_libp2p.kaspa.grpc import GrpcChannel, GrpcSettings
 from kas_libp2p.kaspa.messages import MessagesChannel, PathHung, PeerClosed, UploadCap
 from kas_libp2p.kaspa.pump import Flow, Pump, PumpEnd, Stuck
 from kas_libp2p.kaspa.sources import PoolExhausted, Sources
@@ -538,7 +538,20 @@ class Joiner:
                 upload=self._upload,
                 liveness=self.settings.liveness,
             )
-        raise NotImplementedError
+        settings = GrpcSettings(
+            authority=REFERENCE_AUTHORITY,
+            gzip=True,
+            max_message=self.settings.max_message,
+            stream_window=REFERENCE_STREAM_WINDOW,
+            connection_window=REFERENCE_CONNECTION_WINDOW,
+            max_frame=REFERENCE_FRAME,
+            max_header_list=REFERENCE_HEADER_LIST,
+            keepalive=REFERENCE_KEEPALIVE,
+            keepalive_timeout=REFERENCE_KEEPALIVE_TIMEOUT,
+        )
+        # Not who opened the stream counts here, but who is the initiator of the connection under it.
+        make = GrpcChannel.client if joined.stream.metadata.initiator else GrpcChannel.server
+        return make(joined.stream, settings=settings)
 
     # -- How it ends ---------------------------------------------------------------------------------------------------
 
