@@ -102,6 +102,11 @@ class Proposer:
         self._lines = _Lines(stage)
         self.selected: str | None = None
 
+    @property
+    def proposed(self) -> str:
+        """The protocol that was proposed last."""
+        return self._protocols[min(self._index, len(self._protocols) - 1)].decode()
+
     def start(self) -> bytes:
         """The header and the first proposal. Data may follow at once if there is only one protocol."""
         return HEADER + line(self._protocols[0])

@@ -259,6 +259,8 @@ class Connection:
                             used, made = open_into(wire[:filled], plain)
                             if made:
                                 self._deliver(plain[:made])
+                            else:
+                                self._machine.heard(trio.current_time())
                             filled -= used
                             if used and filled:
                                 wire[:filled] = wire[used : used + filled]

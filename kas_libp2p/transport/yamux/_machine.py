@@ -22,7 +22,8 @@ Rules
 * All windows of a connection together stay below ``max_memory``; growth may take half of it, the other half is kept for
   new streams. When growth is refused, streams with larger windows than their share give back: what they read is not
   granted again until they are down to it.
-* A closed stream (`close`) takes a little more from a peer that has not heard of it yet, then answers with a reset.
+* A closed stream (`close`) takes a little more from a peer that has not heard of it yet, then answers with a reset. A
+  peer that does not close it too hears a reset after a while.
 * Sending goes by turns of `QUANTUM` bytes; a stream that had nothing to send goes before those that always have.
 * Whatever a peer can make us remember or answer is bounded: streams, unread bytes, answers that it does not fetch;
   floods of pings, of resets and of refused streams end the connection.
@@ -50,7 +51,7 @@ MAX_FRAME = 256 * KIB
 """Payload bytes of a frame we send. rust refuses frames of more than 1 MiB."""
 QUANTUM = 16 * KIB
 """Bytes that a stream may send before it is another's turn."""
-MIN_RTT = 0.002
+MIN_RTT = 0.001
 """Seconds; a shorter round trip counts as this one, since both ends work in batches of some hundred microseconds."""
 SMALL = 4 * KIB
 """Unread pieces below this size are joined, so that a peer's tiny frames don't cost more than their bytes."""
@@ -58,6 +59,8 @@ CONTROL_LIMIT = 64 * KIB
 """Bytes of answers (pongs, acknowledgements, grants, resets) that a peer may leave unfetched: 5461 frames."""
 LINGER = 30.0
 """Seconds that a stream which is closed here may wait for the other side to close it too, before it is reset."""
+SHORT_LINGER = 2.0
+"""The same if the peer's writer is likely to wait for us to read: time for it to fetch what we sent last."""
 RTT_SAMPLES = 8
 """Round trips of which the shortest counts: a single one may have waited behind bulk data."""
 RTT_MAX_AGE = 10.0
@@ -245,6 +248,7 @@ class Machine:
         "_heard",
         "_highest",
         "_inbound",
+        "_large",
         "_late",
         "_lingering",
         "_need",
@@ -290,7 +294,8 @@ class Machine:
         self._reserved = 0
         self._grown = 0
         self._growth_budget = config.max_memory // 2
-        self._squeezed = False
+        self._large = 0  # streams with more than the first window
+        self._squeezed = 0  # streams that shared the growth when some was refused; 0 if none was
         self._late = 0
         self._lingering: dict[Stream, float] = {}
         self._heard = now
@@ -328,6 +333,10 @@ class Machine:
             self._violation("the peer keeps asking, but does not fetch the answers")
         return batch
 
+    def heard(self, now: float) -> None:
+        """The peer is alive, though what came is no whole message yet: on a slow line one may take long."""
+        self._heard = now
+
     def _parse(self, data: memoryview, now: float, batch: Batch) -> None:
         start = 0
         size = len(data)
@@ -349,6 +358,7 @@ class Machine:
                     if not stream.incoming:
                         self._touched.append(stream)
                     stream.incoming.append(data[start:stop])
+                    stream.allowed -= stop - start
                 self._need = need - (stop - start)
                 start = stop
                 if self._need:
@@ -391,9 +401,9 @@ class Machine:
                         self._violation(f"stream {id} got {length} bytes, but only {stream.allowed} were granted")
                     if stream.eof:
                         self._violation(f"stream {id} got data behind its end")
-                    stream.allowed -= length
                     self._need = length
-                    if stream.closed and stream.allowed <= stream.grant_at and stream.fin_sent:
+                    if stream.closed and stream.allowed - length <= stream.grant_at and stream.fin_sent:
+                        stream.allowed -= length
                         self.reset(stream)
                     else:
                         self._frame = stream
@@ -499,8 +509,8 @@ class Machine:
         stream.eof = True
         batch.changed.append(stream)
         # Nothing more will come: keep room for what is unread only. What this batch holds is not settled yet.
-        unread = stream.unread + sum(map(len, stream.incoming))
-        self._resize(stream, unread)
+        coming = 0 if stream.closed else sum(map(len, stream.incoming))
+        self._resize(stream, stream.unread + coming)
         stream.allowed = 0
         if stream.closed:
             self._lingering.pop(stream, None)
@@ -562,7 +572,7 @@ class Machine:
     def reset(self, stream: Stream, code: int = 0) -> None:
         """End both directions at once."""
         if stream.id in self.streams and stream.reset is None:
-            self._late += stream.allowed
+            self._late += stream.allowed - (self._need if self._frame is stream else 0)
             self._say(_WINDOW_UPDATE, _RST, stream.id, code)
         self._drop(stream, stream.reset or (False, code))
 
@@ -579,7 +589,7 @@ class Machine:
             self._resize(stream, 0)
         if stream.id in self.streams:
             self.finish(stream)
-            self._lingering[stream] = now + LINGER
+            self._lingering[stream] = now + (SHORT_LINGER if stream.allowed <= stream.grant_at else LINGER)
 
     def consumed(self, stream: Stream, now: float) -> bool:
         """Grant what was read. To be called when ``allowed + unread <= grant_at``; harmless otherwise.
@@ -618,19 +628,20 @@ class Machine:
         if self._grown + more <= self._growth_budget and self._reserved + more <= self._config.max_memory:
             self._resize(stream, window)
         else:
-            self._squeezed = True
+            self._squeezed = self._large + (stream.window == INITIAL_WINDOW)
 
     def _squeeze(self, stream: Stream, held: int) -> None:
         if self._grown <= self._growth_budget // 2:
-            self._squeezed = False
+            self._squeezed = 0
             return
-        share = INITIAL_WINDOW + self._growth_budget // max(1, len(self.streams))
+        share = INITIAL_WINDOW + self._growth_budget // self._squeezed
         if stream.window > share:
             self._resize(stream, max(share, held))
 
     def _resize(self, stream: Stream, window: int) -> None:
         self._reserved += window - stream.window
         self._grown += max(0, window - INITIAL_WINDOW) - max(0, stream.window - INITIAL_WINDOW)
+        self._large += (window > INITIAL_WINDOW) - (stream.window > INITIAL_WINDOW)
         stream.window = window
         stream.grant_at = window // 2
 
@@ -747,9 +758,7 @@ class Machine:
             deadline = max(self._heard, next(iter(self._pings.values()))) + self._config.ping_timeout
         else:
             deadline = self._heard + self._config.keepalive
-        for linger in self._lingering.values():
-            return min(deadline, linger)
-        return deadline
+        return min(deadline, *self._lingering.values()) if self._lingering else deadline
 
     def on_timeout(self, now: float) -> str | None:
         """Do what is due.
@@ -757,16 +766,14 @@ class Machine:
         Returns:
             why the connection is dead, or ``None``.
         """
-        while self._lingering:
-            stream, due = next(iter(self._lingering.items()))
-            if due > now:
-                break
+        for stream in [stream for stream, due in self._lingering.items() if due <= now]:
             self.reset(stream)
+        # The same sums as in `next_deadline`: rounded otherwise, a deadline would be met and nothing be due.
         if self._pings:
-            silent = now - max(self._heard, next(iter(self._pings.values())))
-            if silent >= self._config.ping_timeout:
-                return f"the peer said nothing and left a ping unanswered for {silent:.0f} s"
-        elif now - self._heard >= self._config.keepalive:
+            since = max(self._heard, next(iter(self._pings.values())))
+            if now >= since + self._config.ping_timeout:
+                return f"the peer said nothing and left a ping unanswered for {now - since:.0f} s"
+        elif now >= self._heard + self._config.keepalive:
             self.ping(now)
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import TYPE_CHECKING
 
 import trio
@@ -140,9 +141,9 @@ class YamuxStream(OverlayStream):
         self.connection.flush()
         if state.queued < high_water:
             await checkpoint()
-        while state.queued >= high_water:
+        while state.queued >= high_water and not self._closed and self._lost is None:
             await self._writable.wait()
-        if self._lost is not None or state.reset is not None:
+        if self._closed or self._lost is not None or state.reset is not None:
             raise self._write_error()
 
     def _write_error(self) -> Exception:
@@ -164,8 +165,10 @@ class YamuxStream(OverlayStream):
             raise trio.BusyResourceError("another task is writing to this stream")
         if self._closed or self._lost is not None or state.fin_wanted or state.reset is not None:
             raise self._write_error()
-        while state.queued >= self.connection.send_high_water:
+        while state.queued >= self.connection.send_high_water and not self._closed and self._lost is None:
             await self._writable.wait()
+        if self._closed:
+            raise self._write_error()
 
     async def send_eof(self) -> None:
         """End our direction, behind everything that was written. May be called again.
@@ -199,13 +202,13 @@ class YamuxStream(OverlayStream):
             trio.ClosedResourceError: the stream was closed here.
             trio.BusyResourceError: another task is reading.
         """
-        if max_bytes is not None and max_bytes < 1:
+        if max_bytes is not None and index(max_bytes) < 1:
             raise ValueError("max_bytes must be at least 1")
         state = self._state
         chunks = state.chunks
         await checkpoint_if_cancelled()
         while not chunks or self._proposer is not None:
-            if self._closed or state.reset is not None or self._lost is not None:
+            if self._closed or state.reset is not None or (self._lost is not None and not state.eof):
                 raise self._read_error()
             if state.eof:
                 if self._proposer is not None:
@@ -288,6 +291,8 @@ class YamuxStream(OverlayStream):
             self._negotiate(self._proposer)
         self._readable.wake()
         if self._state.reset is not None:
+            if self._proposer is not None and self._state.reset == (True, StreamCode.NEGOTIATION):
+                self._refusal = NegotiationError(f"the peer does not speak {self._proposer.proposed}")
             self._writable.wake()
 
     def _negotiate(self, proposer: Proposer) -> None:
