@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Generic, TypeVar
@@ -34,6 +35,10 @@ from kas_libp2p.events import AddressFailed, EventBus
 from kas_libp2p.metadata import PeerId
 
 T = TypeVar("T")
+
+CONSIDERED = 16
+"""Addresses that are looked at for each one that may be tried. A peer can list ten thousand, and reading them all would
+take seconds; this many leave room for duplicates and for both families."""
 
 
 def in_order(addresses: Iterable[addr.Address], limit: int) -> list[Multiaddr]:
@@ -76,6 +81,8 @@ async def race(
 ) -> T:
     """Try addresses until one attempt succeeds.
 
+    If the caller is cancelled and an attempt succeeds all the same, it is returned rather than lost.
+
     Args:
         addresses: of one peer, resolved, the preferred first; see `in_order`.
         attempt: makes one complete connection. What it has opened it closes if it fails or is cancelled. It may fail
@@ -84,7 +91,7 @@ async def race(
         delay: seconds between two starts.
         discard: closes, without waiting, a connection that succeeded but did not win.
         target: whom this is about, for the error's text.
-        max_addresses: how many are tried at most.
+        max_addresses: how many are tried at most; of more than 16 times as many the rest is not even read.
         failures: of addresses that did not get this far, as names that did not resolve. They are part of the error.
         peer, events: where and under which name each failure is told (`AddressFailed`).
 
@@ -93,7 +100,7 @@ async def race(
     """
     usable: list[Multiaddr] = []
     earlier = list(failures)
-    for address in addresses:
+    for address in itertools.islice(addresses, CONSIDERED * max_addresses):
         try:
             addr.without_peer(address)
             usable.append(addr.parse(address))
@@ -126,7 +133,7 @@ class _Race(Generic[T]):
             async with trio.open_nursery() as nursery:
                 await self._start_all(nursery, addresses, delay)
         except BaseException:
-            while self._winners:  # the caller was cancelled, or a mistake surfaced, in the winner's instant
+            while self._winners:  # a mistake surfaced, or the caller was cancelled, in the winner's instant
                 self._discard(self._winners.pop())
             raise
         if self._winners:
