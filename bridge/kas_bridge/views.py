@@ -1,0 +1,368 @@
+"""What people see: the same facts that ``--json`` gives, in words, with units.
+
+Everything here takes plain values as the control socket gives them, so that ``kas-bridge events`` shows what
+``kas-bridge run`` prints, and a test needs no bridge.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Values = Mapping[str, Any]
+
+
+def console(*, error: bool = False) -> Console:
+    """A terminal, or a file that gets no colours and no line breaks of ours."""
+    made = Console(stderr=error, highlight=False, soft_wrap=False)
+    if not made.is_terminal:
+        made.width = 240
+    return made
+
+
+# -- Units -------------------------------------------------------------------------------------------------------------
+
+
+def size(count: float) -> str:
+    """Bytes, in powers of ten."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale * 0.9995:
+            value = count / scale
+            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def rate(per_second: float) -> str:
+    """Bytes per second."""
+    return f"{size(per_second)}/s"
+
+
+def seconds(value: float) -> str:
+    """A duration, in the one unit that tells most."""
+    if value < 0.0995:
+        return f"{value * 1000:.1f} ms" if value < 0.00995 else f"{value * 1000:.0f} ms"
+    if value < 9.95:
+        return f"{value:.1f} s"
+    if value < 120:
+        return f"{value:.0f} s"
+    if value < 7200:
+        return f"{value / 60:.0f} min"
+    if value < 172800:
+        return f"{value / 3600:.0f} h"
+    return f"{value / 86400:.0f} d"
+
+
+def milliseconds(value: float | None) -> str:
+    """A round trip."""
+    if value is None:
+        return "-"
+    return f"{value:.1f} ms" if value < 9.95 else f"{value:.0f} ms"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """``1 peer``, ``2 peers``."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def short(peer: str) -> str:
+    """A peer id short enough for a line. Every ed25519 id begins with 12D3KooW; what follows tells them apart."""
+    return f"{peer[:12]}…" if len(peer) > 16 else peer
+
+
+def node_name(node: Values | None) -> str:
+    """``kaspad 2.1.0`` from a node's user agent."""
+    if node is None:
+        return "-"
+    name = str(node["agent"]).strip("/").partition(":")[0]
+    return f"{name} {node['version']}" if name and node["version"] != node["agent"] else str(node["agent"]) or "-"
+
+
+def path_name(row: Values) -> str:
+    """``direct``, or ``relayed (…p7yG)``."""
+    relay = row.get("relay_id")
+    return f"{row['path']} (…{relay[-4:]})" if relay else str(row["path"])
+
+
+# -- Start -------------------------------------------------------------------------------------------------------------
+
+
+def kaspad_line(kaspad: Values, *, first: bool = True) -> list[str]:
+    """How it stands with kaspad: one line, and a second one with what helps if something is wrong."""
+    if kaspad["condition"] == "up":
+        line = f"{kaspad['version']} on {kaspad['network']} at {kaspad['address']}"
+        rpc = kaspad.get("rpc")
+        if rpc and rpc["synced"] is not None:
+            line += ", synced" if rpc["synced"] else ", not synced yet"
+        if first and not kaspad["problem"]:
+            line += " (its flags are fine as they are)"
+        lines = [line]
+        if kaspad["problem"]:
+            lines += [f"but {kaspad['problem']}", f"what helps: {kaspad['help']}"]
+        return lines
+    if kaspad["condition"] == "searching":
+        return ["looking for it"]
+    lines = [kaspad["problem"], f"what helps: {kaspad['help']}"]
+    if kaspad.get("retry_in_s") is not None:
+        lines.append("looked for again all the time; peers join as soon as it is there")
+    return lines
+
+
+def startup(status: Values) -> list[str]:
+    """What ``kas-bridge run`` says first."""
+    lines = [f"kas-bridge {status['version']} · {status['peer_id'][:12]}…{status['peer_id'][-4:]}"]
+    lines += labelled("kaspad", kaspad_line(status["kaspad"]))
+    for note in status["notes"]:
+        lines += labelled("note", [note["note"], f"what helps: {note['help']}"])
+    lines += labelled("listens", listed(status["addresses"]))
+    peers = status["peers"]
+    kept = plural(peers["kept"], "peer") + " to keep connected" if peers["kept"] else "nobody to connect to yet"
+    if not peers["kept"]:
+        kept += ": kas-bridge connect MULTIADDR, or wait for others"
+    lines += labelled("peers", [f"{kept}; at most {status['limits']['max_joined']['limit']} joined at once"])
+    lines += labelled("control", [f"{status['control']} (kas-bridge status, peers, events, stop)"])
+    return lines
+
+
+def labelled(label: str, lines: Iterable[str]) -> list[str]:
+    """Lines under a label."""
+    return [f"  {label if index == 0 else '':<9} {line}" for index, line in enumerate(lines)]
+
+
+MAX_SHOWN = 6
+"""Addresses that a listing shows; ``--json`` has all of them."""
+
+
+def listed(addresses: list[str]) -> list[str]:
+    """Addresses, those that others can use first."""
+    if not addresses:
+        return ["nowhere: this bridge only dials"]
+    outside = [each for each in addresses if not each.startswith(("/ip4/127.", "/ip6/::1/"))]
+    shown = outside or addresses
+    more = len(addresses) - min(len(shown), MAX_SHOWN) if outside else 0
+    rest = [f"and {more} more (kas-bridge status --json)"] if len(shown) > MAX_SHOWN and more else []
+    return [*shown[:MAX_SHOWN], *rest]
+
+
+# -- Events ------------------------------------------------------------------------------------------------------------
+
+
+def event_line(event: Values, *, verbose: bool = False) -> str | None:
+    """An event as one line, or ``None`` if it is of no interest to an operator."""
+    text = _event_text(event, verbose)
+    if text is None:
+        return None
+    return f"{time.strftime('%H:%M:%S', time.localtime(event['at']))}  {text}"
+
+
+def _event_text(event: Values, verbose: bool) -> str | None:
+    peer = f"peer {short(event['peer'])}" if isinstance(event.get("peer"), str) else ""
+    match event["event"]:
+        case "kaspad-changed":
+            return "kaspad " + _kaspad_text(event)
+        case "kaspa-peer-joined":
+            node = {"agent": event["user_agent"], "version": _version_of(event["user_agent"])}
+            who = "we dialed" if event["direction"] == "outbound" else "it dialed"
+            source = f", seen by kaspad as {event['source']}" if event["source"] else ""
+            return (
+                f"{peer}  joined: {node_name(node)}, {_path_of(event['path'])}, {who}{source}"
+                f" (handshake {seconds(event['seconds'])})"
+            )
+        case "kaspa-peer-ended":
+            if not event["joined"]:
+                return None if not verbose else f"{peer}  not joined: {_reason_of(event)}"
+            return (
+                f"{peer}  left after {seconds(event['seconds'])}: {_reason_of(event)}"
+                f" (in {size(event['received'])}, out {size(event['sent'])})"
+            )
+        case "peer-failed":
+            return f"{peer}  {event['problem']}; next try in {seconds(event['retry_in'])}"
+        case "peer-kept":
+            return f"{peer}  kept connected from now on: {event['address']}"
+        case "peer-forgotten":
+            return f"{peer}  kept connected no longer"
+        case "banned":
+            until = "for good" if event["seconds"] is None else f"for {seconds(event['seconds'])}"
+            return f"banned {event['target']} {until}"
+        case "ban-lifted":
+            return f"lifted the ban of {event['target']}"
+        case "listener-opened":
+            return f"{peer}  kaspad can dial it now: --addpeer={event['address']}"
+        case "listener-closed":
+            return f"{peer}  local address {event['address']} closed"
+        case "peer-misbehaved":
+            who = peer or event["address"]
+            return f"{who}  broke {event['layer']}: {event['reason']}"
+        case "handler-failed":
+            return f"{peer}  a fault of ours ended its stream: {event['reason']}"
+        case "trouble":
+            return f"a fault of ours in {event['where']}: {event['reason']}"
+        case "limit-hit":
+            return f"{peer or event['address']}  refused: {event['reason']} is reached"
+        case "inbound-refused":
+            return f"{event['address']}  refused: {event['reason']}"
+        case "bridge-stopping":
+            return f"stopping {event['reason']}".rstrip()
+        case "events-lost":
+            return f"{event['count']} events were not shown: they came too fast"
+        case "bridge-started":
+            return None
+        case _ if verbose:
+            rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("event", "at"))
+            return f"{event['event']}: {rest}"
+        case _:
+            return None
+
+
+def _kaspad_text(event: Values) -> str:
+    if event["condition"] == "up":
+        but = f", but {event['problem']} ({event['help']})" if event["problem"] else ""
+        return f"{event['version']} on {event['network']} at {event['address']}{but}"
+    return f"{event['condition']}: {event['problem']}; what helps: {event['help']}"
+
+
+def _reason_of(event: Values) -> str:
+    text = f" ({event['text']})" if event["text"] else ""
+    whose = {"kaspad": "our kaspad: ", "peer": "the peer: ", "path": "", "us": ""}[event["by"]]
+    return f"{whose}{event['reason']}{text}"
+
+
+def _path_of(path: Any) -> str:
+    if isinstance(path, Mapping):
+        relay = path.get("relay")
+        return f"{path['kind']} (…{relay[-4:]})" if relay else str(path["kind"])
+    return str(path)
+
+
+def _version_of(agent: str) -> str:
+    name, _, rest = agent.strip("/").partition(":")
+    return rest.partition("/")[0].partition("(")[0] if name and rest else agent
+
+
+# -- Tables ------------------------------------------------------------------------------------------------------------
+
+
+def peers(rows: list[dict[str, Any]]) -> RenderableType:
+    """The table of ``kas-bridge peers``."""
+    if not rows:
+        return Text("nobody is joined, and nobody is kept connected; begin with: kas-bridge connect MULTIADDR")
+    parts: list[RenderableType] = []
+    joined = [row for row in rows if row["state"] in ("joined", "handshaking")]
+    if joined:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for name in ("PEER", "NODE", "PATH", "RTT", "SINCE", "IN", "OUT", "SEEN AS"):
+            table.add_column(name, no_wrap=True, justify="right" if name in ("RTT", "SINCE", "IN", "OUT") else "left")
+        for row in sorted(joined, key=lambda row: -row["since_ms"]):
+            shaking = row["state"] == "handshaking"
+            table.add_row(
+                short(row["peer_id"]),
+                "shaking hands" if shaking else node_name(row["node"]),
+                path_name(row),
+                milliseconds(row["rtt_ms"]),
+                seconds(row["since_ms"] / 1000),
+                size(row["received"]),
+                size(row["sent"]),
+                row["source"] or "this host",
+            )
+        parts.append(table)
+        for row in joined:
+            if row["also_direct"]:
+                parts.append(
+                    Text(f"{short(row['peer_id'])} is also connected to kaspad directly, from {row['also_direct']}")
+                )
+    away = [row for row in rows if row not in joined]
+    if away:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("NOT JOINED" if joined else "PEER", no_wrap=True)
+        table.add_column("NEXT TRY", no_wrap=True, justify="right")
+        table.add_column("WHY", overflow="fold")
+        for row in away:
+            if row["state"] == "dialing":
+                when = "now"
+            else:
+                when = "-" if row["retry_in_s"] is None else f"in {seconds(row['retry_in_s'])}"
+            table.add_row(short(row["peer_id"]), when, row["problem"] or "not tried yet")
+        if joined:
+            parts.append(Text(""))
+        parts.append(table)
+    return Group(*parts)
+
+
+def status(values: Values) -> list[str]:
+    """The lines of ``kas-bridge status``."""
+    lines = [
+        f"kas-bridge {values['version']} · {values['peer_id']}",
+        *labelled("up", [f"{seconds(values['uptime_s'])}, process {values['pid']}"]),
+        *labelled("kaspad", kaspad_line(values["kaspad"], first=False)),
+    ]
+    rpc = values["kaspad"]["rpc"]
+    if rpc is not None:
+        told = f"read at {rpc['address']}: {plural(rpc['peers'], 'peer')}" if not rpc["problem"] else ""
+        lines += labelled("rpc", [told or f"not read ({rpc['address']}: {rpc['problem']}); nothing depends on it"])
+    for note in values["notes"]:
+        lines += labelled("note", [note["note"], f"what helps: {note['help']}"])
+    lines += labelled("listens", listed(values["addresses"]))
+    count = values["peers"]
+    limits = values["limits"]
+    line = f"{count['joined']} joined of at most {limits['max_joined']['limit']}, {count['kept']} kept connected"
+    if count["handshaking"]:
+        line += f", {count['handshaking']} shaking hands"
+    lines += labelled("peers", [line])
+    carried = f"{size(values['received'])} in, {size(values['sent'])} out"
+    if values["upload_limit"]:
+        carried += f"; upload limited to {rate(values['upload_limit'])}"
+    lines += labelled("carried", [carried])
+    if values["bans"]:
+        lines += labelled("bans", [_ban_line(ban) for ban in values["bans"]])
+    hits = {name: count for name, count in values["limit_hits"].items() if count}
+    if hits:
+        lines += labelled("refused", [", ".join(f"{name} {plural(count, 'time')}" for name, count in hits.items())])
+    if values["ends"]:
+        ends = sorted(values["ends"].items(), key=lambda item: -item[1])
+        lines += labelled("ended", [", ".join(f"{reason} {plural(count, 'time')}" for reason, count in ends)])
+    lines += labelled("data", [values["data_dir"]])
+    lines += labelled("control", [values["control"]])
+    return lines
+
+
+def _ban_line(ban: Values) -> str:
+    until = "for good"
+    if ban["until"] is not None:
+        until = "until " + time.strftime("%Y-%m-%d %H:%M", time.localtime(ban["until"]))
+    return f"{ban['target']} {until}" + (f" ({ban['reason']})" if ban["reason"] else "")
+
+
+def why(values: Values) -> list[str]:
+    """The lines of ``kas-bridge why PEER``."""
+    row, kaspad = values["peer"], values["kaspad"]
+    name = short(row["peer_id"])
+    if row["state"] == "joined":
+        rtt = f", {milliseconds(row['rtt_ms'])}" if row["rtt_ms"] is not None else ""
+        who = "we dialed it" if row["direction"] == "outbound" else "it dialed us"
+        lines = [
+            f"{name} is joined, {path_name(row)}{rtt}: {who}, at {row['address']}.",
+            f"  Its node is {node_name(row['node'])} on {row['node']['network']}, id {row['node']['id']}.",
+        ]
+        if row["source"]:
+            lines.append(f"  Our kaspad sees it as {row['source']}, now and after restarts.")
+        if row["also_direct"]:
+            lines.append(f"  kaspad is connected to the same node directly as well, at {row['also_direct']}.")
+        if row["path"] == "direct":
+            lines.append("  Nothing stands between: there is no better way.")
+        return lines
+    if row["state"] == "handshaking":
+        return [f"{name} is connected at {row['address']}, and the two nodes are shaking hands."]
+    lines = [f"{name} is not joined: {row['problem'] or 'it was not tried yet'}."]
+    if kaspad["condition"] != "up":
+        lines.append(f"  Our kaspad: {kaspad['problem'] or kaspad['condition']}.")
+        if kaspad["help"]:
+            lines.append(f"  What helps: {kaspad['help']}.")
+    elif row["state"] == "dialing":
+        lines.append(f"  It is being dialed now at {row['address']}.")
+    elif row["retry_in_s"] is not None:
+        lines.append(f"  It is dialed again in {seconds(row['retry_in_s'])}, at {row['address']}.")
+    return lines
