@@ -91,12 +91,9 @@ class InterfaceWatch:
             await self._changed.park()
         return self.addresses
 
-    async def changes(self) -> AsyncIterator[tuple[str, ...]]:
+    def changes(self) -> Changes:
         """The addresses after each change from now on. A slow reader misses states in between, never the last one."""
-        known = self.addresses
-        while True:
-            known = await self.wait_change(known)
-            yield known
+        return Changes(self)
 
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Watch until cancelled."""
@@ -125,6 +122,21 @@ class InterfaceWatch:
         if addresses != self.addresses:
             self.addresses = addresses
             self._changed.unpark_all()
+
+
+class Changes:
+    """Async iterator over the states of an `InterfaceWatch`. Needs no closing."""
+
+    def __init__(self, watch: InterfaceWatch) -> None:
+        self._watch = watch
+        self._known = watch.addresses
+
+    def __aiter__(self) -> AsyncIterator[tuple[str, ...]]:
+        return self
+
+    async def __anext__(self) -> tuple[str, ...]:
+        self._known = await self._watch.wait_change(self._known)
+        return self._known
 
 
 def _drain(notifier: socket.socket) -> None:
