@@ -54,6 +54,10 @@ MAX_TEXT = 256
 
 RECORD_DOMAIN = "libp2p-peer-record"
 RECORD_TYPE = b"\x03\x01"
+RUST_RECORD_DOMAIN = "libp2p-routing-state"
+RUST_RECORD_TYPE = b"/libp2p/routing-state-record"
+"""rust-libp2p (up to 0.57 at least) seals the same record under names of its own, and passes over records in the
+specified form. Both forms are believed; ours is the specified one, and rust then takes the addresses beside it."""
 
 PUSH_BURST, PUSH_INTERVAL = 10, 5.0
 """Pushes of one peer at once, and seconds for each one beyond; go's limits, which we keep to and hold others to."""
@@ -219,7 +223,13 @@ def open_record(data: bytes, peer: PeerId) -> tuple[int, list[bytes]]:
     Raises:
         SecurityError: it is malformed or forged, or another peer's.
     """
-    key, payload = open_envelope(data, RECORD_DOMAIN, RECORD_TYPE)
+    try:
+        key, payload = open_envelope(data, RECORD_DOMAIN, RECORD_TYPE)
+    except SecurityError as error:
+        try:
+            key, payload = open_envelope(data, RUST_RECORD_DOMAIN, RUST_RECORD_TYPE)
+        except SecurityError:
+            raise error from None
     if peer_id_of(key) != peer:
         raise SecurityError("the peer record is signed by another peer")
     try:
@@ -322,9 +332,9 @@ class Allowance:
         return True
 
     def next_at(self, now: float) -> float:
-        """When `take` succeeds again."""
+        """When `take` succeeds again; minus infinity if it does now."""
         self._refill(now)
-        return now if self._level >= 1 else now + (1 - self._level) * PUSH_INTERVAL
+        return float("-inf") if self._level >= 1 else now + (1 - self._level) * PUSH_INTERVAL
 
     def _refill(self, now: float) -> None:
         if self._at > float("-inf"):
