@@ -24,7 +24,7 @@ ANSWER_TIMEOUT = 15.0
 CONNECT_TIMEOUT = 2.0
 """Seconds for the TCP connection; kaspad is on this host or near."""
 NOTIFICATIONS = 1024
-"""Blocks held for one reader of `KaspadRpc.notify_block_added`: 100 seconds of Kaspa. A reader that falls behind ends."""
+"""Blocks held for one reader of `KaspadRpc.notify_block_added`: 100 seconds of Kaspa. One that falls behind ends."""
 
 _SETTINGS = GrpcSettings(path=RPC_PATH)
 
