@@ -526,6 +526,7 @@ class MessagesChannel(MessageChannel):
             await trio.lowlevel.checkpoint()
             return
         self._closed = True
+        orderly = False
         try:
             with trio.move_on_after(CLOSE_WITHIN):
                 if self._close is None and (reason or code is not CloseCode.ENDED):
@@ -535,9 +536,11 @@ class MessagesChannel(MessageChannel):
                 while self._writing:
                     await self._wrote.park()
                 await self.stream.aclose()
+                orderly = True
         finally:
             self._fail(lambda: ConnectionLost("the channel was closed by this side"))
-            await self._close_forcefully()
+            if not orderly:
+                await self._close_forcefully()
             self._over.set()
 
     async def _close_forcefully(self) -> None:

@@ -61,7 +61,7 @@ class MemoryOverlay(OverlayStream):
     def _check(self, way: _Way) -> None:
         if self.closed:
             raise trio.ClosedResourceError("closed here")
-        if way.reset_by is not None:
+        if way.reset_by is self or (way.reset_by is not None and not way.hung):
             raise StreamReset(by_peer=way.reset_by is not self)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -117,7 +117,7 @@ class MemoryOverlay(OverlayStream):
     def reset(self, code: int = 0) -> None:
         self.was_reset = True
         for way in (self.incoming, self.outgoing):
-            if way.reset_by is None and not (way.eof and not way.chunks):
+            if way.reset_by is None or way.hung:
                 way.reset_by = self
             way.lot.unpark_all()
 

@@ -98,7 +98,11 @@ def test_any_cut_and_any_chunk_gives_the_messages_in_order(
     assert not reader.in_message
 
 
-@given(content=st.lists(st.binary(max_size=200), min_size=1, max_size=5), chunk=st.integers(1, 300), room=st.integers(1, 99))
+@given(
+    content=st.lists(st.binary(max_size=200), min_size=1, max_size=5),
+    chunk=st.integers(1, 300),
+    room=st.integers(1, 99),
+)
 def test_packed_frames_stand_for_their_content(content: list[bytes], chunk: int, room: int) -> None:
     plain = b"".join(encode_pieces([Piece.of(message) for message in content]))
     reader = Reader(unpack=lambda data, size: bytes(data[::-1])[:size])
