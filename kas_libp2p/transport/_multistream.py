@@ -41,8 +41,7 @@ def line(text: bytes) -> bytes:
     return frame(text + b"\n")
 
 
-HEADER_TEXT = b"/multistream/1.0.0"
-HEADER = line(HEADER_TEXT)
+HEADER = line(b"/multistream/1.0.0")
 
 
 class _Lines:
@@ -51,9 +50,17 @@ class _Lines:
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self._decoder = FrameDecoder(MAX_LINE)
-        self._greeted = False
+        self._greeting = b""
+        self.greeted = False
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
+        missing = len(HEADER) - len(self._greeting)
+        if missing:
+            # Whoever speaks something else is known by the first bytes, not only by a line that may never end.
+            self._greeting += data[:missing]
+            if not HEADER.startswith(self._greeting):
+                said = bytes(self._greeting[:64])
+                raise NegotiationError(f"the peer does not speak multistream, it said {said!r}", self._stage)
         self._decoder.feed(data)
 
     def next(self) -> bytes | None:
@@ -68,11 +75,9 @@ class _Lines:
             if not text.endswith(b"\n"):
                 raise NegotiationError(f"multistream: a line has no end: {text[:64]!r}", self._stage)
             text = text[:-1]
-            if self._greeted:
+            if self.greeted:
                 return text
-            if text != HEADER_TEXT:
-                raise NegotiationError(f"the peer does not speak multistream, it said {text[:64]!r}", self._stage)
-            self._greeted = True
+            self.greeted = True
 
     def rest(self) -> bytes:
         return self._decoder.take_rest()
@@ -177,7 +182,7 @@ class Responder:
         answer = b""
         while self.selected is None:
             text = self._lines.next()
-            if not self._greeted and self._lines._greeted:
+            if not self._greeted and self._lines.greeted:
                 self._greeted = True
                 answer += HEADER
             if text is None:

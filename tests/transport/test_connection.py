@@ -16,6 +16,7 @@ from kas_libp2p.errors import (
     UpgradeTimeout,
 )
 from kas_libp2p.metadata import DIRECT, Direction
+from kas_libp2p.transport._multistream import HEADER
 from kas_libp2p.transport.connection import CLOSE_LINGER, CLOSE_TIMEOUT, Layer
 from kas_libp2p.transport.upgrade import upgrade
 from kas_libp2p.transport.yamux._machine import INITIAL_WINDOW
@@ -24,6 +25,13 @@ from tests.transport.pairs import ALICE, BOB, ECHO, Foreign, Pair, config, conne
 from tests.transport.yamux.test_machine import ACK, DATA, FIN, GO_AWAY, PING, RST, SYN, UPDATE, frame, frames
 
 MIB = 1 << 20
+
+
+async def write_on(stream):
+    """Write now and then, and never read."""
+    for _ in range(1000):
+        await stream.send_all(bytes(10_000))
+        await trio.sleep(1)
 
 
 async def read_all(stream):
@@ -52,7 +60,7 @@ async def test_bytes_go_both_ways_and_ends_arrive():
 
 
 class Yielding(trio.abc.HalfCloseableStream):
-    """Lets other tasks run at each call. Our streams do so by bytes, not by calls; the checks of trio want it by calls."""
+    """Lets other tasks run at each call. Our streams do so by bytes; the checks of trio want it by calls."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -138,16 +146,17 @@ async def test_any_writes_and_reads_arrive_over_a_link_that_cuts(seed, autojump_
             while piece := await stream.receive_some(chance.choice([None, 10_000, 300_000])):
                 got += piece
             done.append(bytes(got) == data)
+            if len(done) == 4:
+                all_done.set()
 
         done: list[bool] = []
+        all_done = trio.Event()
         for _ in range(2):
             mine, theirs = await pair.streams()
             for stream in (mine, theirs):
                 pair.nursery.start_soon(write, stream)
                 pair.nursery.start_soon(read, stream, done)
-        with trio.fail_after(1000):
-            while len(done) < 4:
-                await trio.sleep(1)
+        assert await all_done.wait() is None
         assert done == [True] * 4
 
 
@@ -223,7 +232,7 @@ async def test_what_the_caller_changes_afterwards_is_not_sent(autojump_clock):
 
 async def test_one_task_writes_and_one_reads(autojump_clock):
     async with connected() as pair:
-        mine, theirs = await pair.streams()
+        mine, _theirs = await pair.streams()
         pair.nursery.start_soon(mine.receive_some)
         pair.nursery.start_soon(mine.send_all, bytes(2 * MIB))
         await wait_all_tasks_blocked()
@@ -376,9 +385,7 @@ async def test_a_peer_that_writes_on_to_a_closed_stream_is_told(autojump_clock):
         mine, theirs = await pair.streams()
         await theirs.aclose()
         with pytest.raises(StreamReset):
-            for _ in range(100):
-                await mine.send_all(bytes(10_000))
-                await trio.sleep(1)
+            await write_on(mine)
 
 
 # Negotiation
@@ -430,9 +437,7 @@ async def test_a_refused_proposal_is_an_error_of_who_only_writes(autojump_clock)
         theirs = await pair.inbound(pair.bob)
         pair.nursery.start_soon(expect_no_agreement, pair.bob, theirs)
         with pytest.raises(NegotiationError, match="does not speak /other"):
-            while True:
-                await mine.send_all(bytes(1000))
-                await trio.sleep(0.1)
+            await write_on(mine)
 
 
 async def test_several_protocols_are_negotiated(autojump_clock):
@@ -492,7 +497,7 @@ async def test_a_peer_that_ends_the_stream_instead_of_answering():
 async def test_junk_instead_of_a_proposal():
     async with connected() as pair:
         mine = await pair.alice.open_stream()
-        await mine.send_all(b"\x80\x80\x40" + bytes(1000))
+        await mine.send_all(HEADER + b"\x80\x80\x40" + bytes(1000))
         theirs = await pair.inbound(pair.bob)
         with pytest.raises(NegotiationError, match="1048576 bytes"):
             await pair.bob.accept(theirs, [ECHO])

@@ -94,11 +94,12 @@ def test_endless_listings_end():
         line(b"/multistream/2.0.0"),
         line(ECHO.encode()),
         HEADER[:-1] + b"x",
-        b"\x80\x80\x40" + bytes(1024),  # a line of 1 MiB
-        b"\xff" * 12,
-        b"\x81\x08" + bytes(MAX_LINE + 1),
-        b"\x80\x00",
-        b"GET / HTTP/1.1\r\n\r\n" + bytes(60),
+        b"G",
+        b"SSH-2.0",
+        HEADER + b"\x80\x80\x40",  # a line of 1 MiB
+        HEADER + b"\xff" * 12,
+        HEADER + b"\x81\x08" + bytes(MAX_LINE + 1),
+        HEADER + b"\x80\x00",
         HEADER + b"\x03/a/",
         HEADER + b"\x00",
     ],
@@ -110,7 +111,7 @@ def test_junk_is_refused(side, junk):
 
 def test_a_long_line_is_refused_by_its_length_alone():
     with pytest.raises(NegotiationError, match="1048576 bytes"):
-        Responder([ECHO]).receive(b"\x80\x80\x40")
+        Responder([ECHO]).receive(HEADER + b"\x80\x80\x40")
 
 
 def test_another_answer_than_what_was_proposed():

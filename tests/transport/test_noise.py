@@ -198,9 +198,9 @@ def test_a_payload_that_is_no_protobuf_is_refused():
 
 
 def test_a_key_that_gives_no_secret_is_refused():
+    bob = Handshake(BOB, initiator=False)
+    bob.read(bytes(32))
     with pytest.raises(SecurityError, match="no secret"):
-        bob = Handshake(BOB, initiator=False)
-        bob.read(bytes(32))
         bob.write()
 
 

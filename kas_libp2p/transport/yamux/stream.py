@@ -141,10 +141,13 @@ class YamuxStream(OverlayStream):
         self.connection.flush()
         if state.queued < high_water:
             await checkpoint()
-        while state.queued >= high_water and not self._closed and self._lost is None:
+        while state.queued >= high_water and not self._ended():
             await self._writable.wait()
-        if self._closed or self._lost is not None or state.reset is not None:
+        if self._ended():
             raise self._write_error()
+
+    def _ended(self) -> bool:
+        return self._closed or self._lost is not None or self._state.reset is not None
 
     def _write_error(self) -> Exception:
         state = self._state
@@ -163,11 +166,11 @@ class YamuxStream(OverlayStream):
         state = self._state
         if self._writable.task is not None:
             raise trio.BusyResourceError("another task is writing to this stream")
-        if self._closed or self._lost is not None or state.fin_wanted or state.reset is not None:
+        if self._ended() or state.fin_wanted:
             raise self._write_error()
-        while state.queued >= self.connection.send_high_water and not self._closed and self._lost is None:
+        while state.queued >= self.connection.send_high_water and not self._ended():
             await self._writable.wait()
-        if self._closed:
+        if self._ended():
             raise self._write_error()
 
     async def send_eof(self) -> None:
@@ -181,7 +184,7 @@ class YamuxStream(OverlayStream):
         state = self._state
         if self._writable.task is not None:
             raise trio.BusyResourceError("another task is writing to this stream")
-        if self._closed or self._lost is not None or state.reset is not None:
+        if self._ended():
             raise self._write_error()
         self.connection.finish(state)
 
@@ -291,8 +294,9 @@ class YamuxStream(OverlayStream):
             self._negotiate(self._proposer)
         self._readable.wake()
         if self._state.reset is not None:
-            if self._proposer is not None and self._state.reset == (True, StreamCode.NEGOTIATION):
-                self._refusal = NegotiationError(f"the peer does not speak {self._proposer.proposed}")
+            proposer = self._proposer
+            if proposer is not None and self._state.reset == (True, StreamCode.NEGOTIATION):
+                self._refusal = NegotiationError(f"the peer does not speak {proposer.proposed}")
             self._writable.wake()
 
     def _negotiate(self, proposer: Proposer) -> None:
