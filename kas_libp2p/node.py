@@ -25,7 +25,7 @@ from kas_libp2p import __version__, addresses, identify, perf, ping
 from kas_libp2p._identify import PeerInfo
 from kas_libp2p.addresses import parse_target
 from kas_libp2p.config import Config, Limits
-from kas_libp2p.errors import ListenError, Refused
+from kas_libp2p.errors import Refused
 from kas_libp2p.events import LimitHit, Subscription
 from kas_libp2p.identity import Identity
 from kas_libp2p.metadata import Dialect, Direction, OverlayStream, Path, PeerId
@@ -187,7 +187,7 @@ class Node:
         """Listen on more addresses.
 
         Raises:
-            ListenError: one can't be listened on.
+            ListenError: one can't be listened on; then none of them is.
             AddressError: one is no multiaddr.
         """
         await self.swarm.listen(*(addresses.parse(each) for each in on))
@@ -437,20 +437,9 @@ class Node:
             await nursery.start(self.swarm.carry)
             self._nursery = nursery
             nursery.start_soon(self._identify.push_changes, self._best_connections)
-            await self._open_listeners()
+            await self.listen(*self.config.listen)
             self._identify.changed()
             task_status.started()
-
-    async def _open_listeners(self) -> None:
-        wanted = self.config.listen
-        by_default = wanted == Config().listen
-        for each in wanted:
-            try:
-                await self.listen(each)
-            except ListenError:
-                # A machine without IPv6 is no reason not to start, unless IPv6 was asked for.
-                if not (by_default and addresses.family(each) == 6 and self.swarm.listeners):
-                    raise
 
     def _best_connections(self) -> list[Connection]:
         peers = {each.peer for each in self.connections}

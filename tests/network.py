@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import trio
 from multiaddr import Multiaddr
 
 from kas_libp2p import addresses
+from kas_libp2p.config import Config
+from kas_libp2p.errors import AddressFailure, ResolveError, Stage
+from kas_libp2p.events import Event, EventBus
+from kas_libp2p.identity import Identity
+from kas_libp2p.swarm import Swarm
 from kas_libp2p.transport.raw import RawConnection
 from tests.memory import MemoryRaw, memory_pair
+
+E = TypeVar("E", bound=Event)
 
 
 class MemoryListener:
     """What `MemoryHost.listen` gives."""
 
-    def __init__(self, internet: MemoryInternet, address: str) -> None:
-        self._internet = internet
+    def __init__(self, host: MemoryHost, address: str) -> None:
+        self._host = host
         self.address = addresses.parse(address)
         self._send, self._receive = trio.open_memory_channel[MemoryRaw](math.inf)
 
     def addresses(self) -> Sequence[Multiaddr]:
-        return (self.address,)
+        return (self.address, *map(addresses.parse, self._host.extra))
 
     async def accept(self) -> RawConnection:
         try:
@@ -32,7 +41,7 @@ class MemoryListener:
             raise trio.ClosedResourceError from None
 
     def close(self) -> None:
-        self._internet.listeners.pop(str(self.address), None)
+        self._host.internet.listeners.pop(str(self.address), None)
         self._send.close()
 
 
@@ -67,15 +76,16 @@ class MemoryHost:
         self.changed = trio.Event()
         self.extra: list[str] = []
 
-    async def listen(self, address: Multiaddr) -> MemoryListener:
+    async def listen(self, wanted: Sequence[Multiaddr]) -> Sequence[MemoryListener]:
         await trio.lowlevel.checkpoint()
-        where = addresses.ip_port(address)
-        assert where is not None
-        listener = MemoryListener(self.internet, str(addresses.from_ip_port(self.ip, where[1])))
-        if self.extra:
-            listener.addresses = lambda: (listener.address, *map(addresses.parse, self.extra))  # type: ignore[method-assign]
-        self.internet.listeners[str(listener.address)] = listener
-        return listener
+        listeners = []
+        for address in wanted:
+            where = addresses.ip_port(address)
+            assert where is not None
+            listener = MemoryListener(self, str(addresses.from_ip_port(self.ip, where[1])))
+            self.internet.listeners[str(listener.address)] = listener
+            listeners.append(listener)
+        return listeners
 
     async def dial(self, address: Multiaddr) -> MemoryRaw:
         self.dialed.append(str(address))
@@ -93,12 +103,53 @@ class MemoryHost:
         listener._send.send_nowait(there)
         return here
 
-    async def resolve(self, address: Multiaddr) -> Sequence[Multiaddr]:
+    async def resolve(self, wanted: Iterable[Multiaddr]) -> tuple[list[Multiaddr], list[AddressFailure]]:
         await trio.lowlevel.checkpoint()
-        return [addresses.parse(each) for each in self.internet.names[str(address)]]
+        found: list[Multiaddr] = []
+        failures: list[AddressFailure] = []
+        for address in wanted:
+            if addresses.name_of(address) is None:
+                found.append(address)
+            elif str(address) in self.internet.names:
+                found += map(addresses.parse, self.internet.names[str(address)])
+            else:
+                failures.append(AddressFailure(str(address), Stage.RESOLVE, ResolveError("no such name"), 0.0))
+        return found, failures
 
-    async def address_changes(self) -> AsyncIterator[object]:
+    async def watch(self, changed: Callable[[], None]) -> None:
         while True:
             await self.changed.wait()
             self.changed = trio.Event()
-            yield None
+            changed()
+
+
+@asynccontextmanager
+async def running(swarm: Swarm, *listen: str) -> AsyncIterator[Swarm]:
+    """A swarm that runs, and listens."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(swarm.carry)
+        await swarm.listen(*map(addresses.parse, listen))
+        yield swarm
+        nursery.cancel_scope.cancel()
+
+
+class RecordingBus(EventBus):
+    """An event bus that also remembers."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: 0.0)
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        super().emit(event)
+
+    def of(self, kind: type[E]) -> list[E]:
+        """The events of one type."""
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def make_swarm(host: MemoryHost, seed: int, config: Config | None = None) -> tuple[Swarm, RecordingBus]:
+    """A swarm on a host, and what it tells."""
+    bus = RecordingBus()
+    return Swarm(Identity.from_seed(bytes([seed]) * 32), config, events=bus, network=host), bus

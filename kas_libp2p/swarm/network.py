@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+import trio
 from multiaddr import Multiaddr
 
+from kas_libp2p.config import DialConfig
+from kas_libp2p.errors import AddressFailure
+from kas_libp2p.events import EventBus
+from kas_libp2p.transport import tcp
+from kas_libp2p.transport.interfaces import InterfaceWatch
 from kas_libp2p.transport.raw import RawConnection
+from kas_libp2p.transport.resolve import resolve_all
 
 
 class Listener(Protocol):
@@ -16,20 +23,75 @@ class Listener(Protocol):
     @property
     def address(self) -> Multiaddr: ...
 
-    def addresses(self) -> Sequence[Multiaddr]: ...
+    def addresses(self) -> Sequence[Multiaddr]:
+        """Where it can be reached now, a wildcard replaced by the addresses of the interfaces."""
 
-    async def accept(self) -> RawConnection: ...
+    async def accept(self) -> RawConnection:
+        """The next connection. Raises ``trio.ClosedResourceError`` once the listener is closed."""
 
     def close(self) -> None: ...
 
 
 class Network(Protocol):
-    """What the swarm needs from below: byte pipes. TCP, or something in memory in tests."""
+    """What the swarm needs from below."""
 
-    async def listen(self, address: Multiaddr) -> Listener: ...
+    async def listen(self, addresses: Sequence[Multiaddr]) -> Sequence[Listener]:
+        """Listen on all of the addresses, or raise ``ListenError`` and on none."""
 
-    async def dial(self, address: Multiaddr) -> RawConnection: ...
+    async def dial(self, address: Multiaddr) -> RawConnection:
+        """Connect to one address. Raises ``OSError`` or ``AddressError``."""
 
-    async def resolve(self, address: Multiaddr) -> Sequence[Multiaddr]: ...
+    async def resolve(self, addresses: Iterable[Multiaddr]) -> tuple[list[Multiaddr], list[AddressFailure]]:
+        """Names to addresses, and the failures."""
 
-    def address_changes(self) -> AsyncIterator[object]: ...
+    async def watch(self, changed: Callable[[], None]) -> None:
+        """Call a function whenever `Listener.addresses` may have changed, until cancelled."""
+
+
+class TcpNetwork:
+    """TCP on this machine. Dials from the listen port.
+
+    Args:
+        config: timeouts.
+        events: where errors of listeners are told.
+    """
+
+    def __init__(self, config: DialConfig, events: EventBus) -> None:
+        self._config = config
+        self._events = events
+        self._listeners: list[tcp.Listener] = []
+        self._dialer = tcp.Dialer(self._listeners, config)
+
+    async def listen(self, addresses: Sequence[Multiaddr]) -> Sequence[Listener]:
+        """Listen on all of the addresses, or on none.
+
+        Raises:
+            ListenError: one can't be listened on; the text says who holds the port and what helps.
+            AddressError: one is not for TCP.
+        """
+        listeners = await tcp.listen_all(addresses, events=self._events)
+        self._listeners += listeners
+        return listeners
+
+    async def dial(self, address: Multiaddr) -> RawConnection:
+        """Connect to one address.
+
+        Raises:
+            OSError: the system's reason.
+            AddressError: it can't be dialed.
+        """
+        return await self._dialer.dial(address)
+
+    async def resolve(self, addresses: Iterable[Multiaddr]) -> tuple[list[Multiaddr], list[AddressFailure]]:
+        """Names to addresses, and the failures."""
+        return await resolve_all(addresses, timeout=self._config.resolve_timeout)
+
+    async def watch(self, changed: Callable[[], None]) -> None:
+        """Tell of changes of the interfaces, until cancelled."""
+        watch = InterfaceWatch()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(watch.run)
+            known = watch.addresses
+            while True:
+                known = await watch.wait_change(known)
+                changed()

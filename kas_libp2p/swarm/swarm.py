@@ -30,8 +30,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import trio
@@ -83,10 +84,10 @@ from kas_libp2p.identity import Identity
 from kas_libp2p.metadata import DIRECT, Path, PathKind, PeerId
 from kas_libp2p.swarm._admission import Admission, Ticket
 from kas_libp2p.swarm.connection import ListenerDoor, SwarmConnection, id_of, peer_of
-from kas_libp2p.swarm.network import Listener, Network
+from kas_libp2p.swarm.network import Listener, Network, TcpNetwork
 from kas_libp2p.transport.connection import Connection
+from kas_libp2p.transport.race import race
 from kas_libp2p.transport.raw import RawConnection
-from kas_libp2p.transport.tcp import race
 from kas_libp2p.transport.upgrade import upgrade
 from kas_libp2p.transport.yamux.stream import YamuxStream
 
@@ -191,7 +192,7 @@ class Swarm(BaseSwarm):
         self.on_connected: list[Callable[[SwarmConnection], None]] = []
         self.on_disconnected: list[Callable[[SwarmConnection], None]] = []
         self.on_addresses: list[Callable[[], None]] = []
-        self._network = network if network is not None else cast(Network, None)
+        self._network: Network = network if network is not None else TcpNetwork(config.dial, self.events)
         self._served: dict[str, _Served] = {}
         self._host_mux: Any = None
         self._raw_handler: StreamHandlerFn | None = None
@@ -262,43 +263,41 @@ class Swarm(BaseSwarm):
     # Listening
 
     async def listen(self, *multiaddrs: Multiaddr) -> bool:
-        """Listen on each of the addresses.
+        """Listen on all of the addresses.
 
         Raises:
-            ListenError: one can't be listened on; those before it stay.
+            ListenError: one can't be listened on; then none of them is.
+            AddressError: one is not for TCP.
         """
         await self.event_background_nursery_created.wait()
-        for address in multiaddrs:
-            listener = await self._network.listen(address)
-            if self._tasks is None:
+        listeners = await self._network.listen(multiaddrs)
+        if self._tasks is None or self._closing:
+            for listener in listeners:
                 listener.close()
-                raise ListenError("this node is shutting down")
-            if not self.listeners:
-                self._tasks.start_soon(self._watch_addresses)
+            raise ListenError("this node is shutting down")
+        if listeners and not self.listeners:
+            self._tasks.start_soon(self._network.watch, self._check_addresses)
+        for listener in listeners:
             self.listeners[str(listener.address)] = ListenerDoor(listener)
             self._tasks.start_soon(self._accept, listener)
             for each in listener.addresses():
                 self.events.emit(Listening(address=str(each)))
             self._notify_soon("listen", listener.address)
         self._check_addresses()
-        return bool(multiaddrs)
+        return bool(listeners)
 
     def listen_addresses(self) -> tuple[str, ...]:
         """Where we listen, wildcards replaced by the addresses of the interfaces; without our peer id."""
-        doors = [door for door in self.listeners.values() if isinstance(door, ListenerDoor)]
-        return tuple(dict.fromkeys(str(address) for door in doors for address in door.get_addrs()))
+        return self._last_addresses
 
     def _check_addresses(self) -> None:
-        now = self.listen_addresses()
+        doors = [door for door in self.listeners.values() if isinstance(door, ListenerDoor)]
+        now = tuple(dict.fromkeys(str(address) for door in doors for address in door.get_addrs()))
         if set(now) != set(self._last_addresses):
             self._last_addresses = now
             self.events.emit(AddressesChanged(addresses=now))
             for callback in self.on_addresses:
                 callback()
-
-    async def _watch_addresses(self) -> None:
-        async for _ in self._network.address_changes():
-            self._check_addresses()
 
     def _close_listeners(self) -> None:
         for door in self.listeners.values():
@@ -647,26 +646,23 @@ class Swarm(BaseSwarm):
         started = trio.current_time()
         ticket = self.admission.admit_dial(peer, started)
         kept = False
-        failures: list[AddressFailure] = []
-        made: list[Connection] = []
         winner: Connection | None = None
         try:
             if not wanted:
                 raise DialError(target, hint="no address of it is known; give one, like /ip4/192.0.2.1/tcp/16117")
             self.events.emit(Dialing(target=target, addresses=wanted))
-            found = await self._resolve(peer, wanted, failures)
-            if not found:
-                raise DialError(target, tuple(failures))
-
-            async def attempt(address: Multiaddr) -> Connection:
-                connection = await self._dial_address(address, peer, failures)
-                made.append(connection)
-                return connection
-
-            try:
-                winner = await race(found, attempt, self.config.dial.attempt_delay)
-            except DialError as error:
-                raise DialError(target, tuple(failures)) from error.__cause__
+            found, failures = await self._resolve(peer, wanted)
+            winner = await race(
+                found,
+                partial(self._dial_address, peer),
+                self.config.dial.attempt_delay,
+                discard=lambda connection: connection.abort("another address was faster"),
+                target=target,
+                max_addresses=self.config.dial.max_addresses,
+                failures=failures,
+                peer=peer,
+                events=self.events,
+            )
             if peer is None and (known := self.connection_to(winner.peer)) is not None:
                 return known  # only the handshake told who it is; the new connection is dropped below
             try:
@@ -681,71 +677,43 @@ class Swarm(BaseSwarm):
             kept = True
             return connection
         finally:
-            for each in made:
-                if each is not winner or not kept:
-                    each.abort("another address was faster" if kept else "it is not wanted any more")
             if not kept:
                 ticket.release()
+                if winner is not None:
+                    winner.abort("it is not wanted any more")
 
     async def _resolve(
-        self, peer: PeerId | None, wanted: tuple[str, ...], failures: list[AddressFailure]
-    ) -> list[Multiaddr]:
-        """Names to addresses, the forbidden and unusable ones left out, at most ``dial.max_addresses``."""
-        found: dict[Multiaddr, None] = {}
-        for text in wanted:
-            started = trio.current_time()
+        self, peer: PeerId | None, wanted: tuple[str, ...]
+    ) -> tuple[list[Multiaddr], list[AddressFailure]]:
+        """Names to addresses, the forbidden and unusable ones left out."""
+        found, failures = await self._network.resolve(map(addresses.parse, wanted))
+        usable: list[Multiaddr] = []
+        for address in found:
             try:
-                options: Sequence[Multiaddr] = (addresses.parse(text),)
-                if addresses.name_of(text) is not None:
-                    options = await self._network.resolve(addresses.parse(text))
-            except (KasError, OSError, trio.TooSlowError) as error:
-                self._address_failed(failures, peer, text, Stage.RESOLVE, error, started)
-                continue
-            for option in options:
-                if len(found) >= self.config.dial.max_addresses:
-                    return list(found)
-                try:
-                    found[self._usable(option, peer)] = None
-                except (Refused, AddressError) as error:
-                    self._address_failed(failures, peer, str(option), Stage.GATE, error, started)
-        return list(found)
+                self._check_usable(address, peer)
+                usable.append(address)
+            except (Refused, AddressError) as error:
+                failures.append(AddressFailure(str(address), Stage.GATE, error, 0.0))
+        for each in failures:
+            self.events.emit(
+                AddressFailed(
+                    peer=peer, address=each.address, stage=each.stage, reason=str(each.error), seconds=each.seconds
+                )
+            )
+        return usable, failures
 
-    def _usable(self, address: Multiaddr, peer: PeerId | None) -> Multiaddr:
-        address = addresses.without_peer(_of_peer(address, peer))
+    def _check_usable(self, address: Multiaddr, peer: PeerId | None) -> None:
+        _of_peer(address, peer)
         where = addresses.ip_port(address)
         if where is None:
             raise AddressError("only TCP over IPv4 or IPv6 can be dialed")
-        if str(address) in self._last_addresses and peer is None:
+        if str(addresses.without_peer(address)) in self._last_addresses:
             raise AddressError("that is this node itself")
         self.admission.check_address(where[0].partition("%")[0], peer, trio.current_time())
-        return address
 
-    async def _dial_address(
-        self, address: Multiaddr, peer: PeerId | None, failures: list[AddressFailure]
-    ) -> Connection:
-        started = trio.current_time()
-        stage = Stage.TCP
-        try:
-            raw = await self._network.dial(address)
-            stage = Stage.SECURITY_NEGOTIATION
-            return await upgrade(raw, identity=self.identity, initiator=True, expected=peer, config=self.config)
-        except (KasError, OSError) as error:
-            stage = error.stage if isinstance(error, UpgradeError) else stage
-            self._address_failed(failures, peer, str(address), stage, error, started)
-            raise
-
-    def _address_failed(
-        self,
-        failures: list[AddressFailure],
-        peer: PeerId | None,
-        address: str,
-        stage: Stage,
-        error: Exception,
-        started: float,
-    ) -> None:
-        seconds = trio.current_time() - started
-        failures.append(AddressFailure(address, stage, error, seconds))
-        self.events.emit(AddressFailed(peer=peer, address=address, stage=stage, reason=str(error), seconds=seconds))
+    async def _dial_address(self, peer: PeerId | None, address: Multiaddr) -> Connection:
+        raw = await self._network.dial(addresses.without_peer(address))
+        return await upgrade(raw, identity=self.identity, initiator=True, expected=peer, config=self.config)
 
     # Looking up
 

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kas_libp2p.config import Limits
+from kas_libp2p.errors import AddressError, ConfigError, Refused
+from kas_libp2p.identity import Identity
+from kas_libp2p.metadata import Direction, PeerId
+from kas_libp2p.swarm._admission import MAX_BANS, Admission, Candidate, Ticket
+
+ALICE, BOB = (Identity.from_seed(bytes([n]) * 32).peer_id for n in (1, 2))
+NOTHING = {
+    "max_connections": 0,
+    "max_inbound": 0,
+    "max_pending_inbound": 0,
+    "max_per_peer": 0,
+    "max_per_ip": 0,
+}
+
+
+def refusal(action: object) -> str:
+    assert callable(action)
+    with pytest.raises(Refused) as caught:
+        action()
+    return caught.value.limit
+
+
+@pytest.mark.parametrize(
+    ("limit", "allowed"),
+    [("max_connections", 3), ("max_inbound", 3), ("max_pending_inbound", 3), ("max_per_ip", 3)],
+)
+def test_each_limit_says_no_by_its_name_and_frees_on_release(limit: str, allowed: int) -> None:
+    admission = Admission(replace(Limits(), **{limit: allowed}))
+    tickets = [admission.admit_inbound("192.0.2.1", 0) for _ in range(allowed)]
+    assert refusal(lambda: admission.admit_inbound("192.0.2.1", 0)) == limit
+    tickets[0].release()
+    tickets[0].release()  # once is enough
+    admission.admit_inbound("192.0.2.1", 0)
+    assert refusal(lambda: admission.admit_inbound("192.0.2.1", 0)) == limit
+
+
+def test_room_for_our_own_dials_is_kept() -> None:
+    admission = Admission(Limits(max_connections=4, max_inbound=3))
+    for n in range(3):
+        admission.admit_inbound(f"192.0.2.{n}", 0)
+    assert refusal(lambda: admission.admit_inbound("192.0.2.9", 0)) == "max_inbound"
+    admission.admit_dial(ALICE, 0)
+    assert refusal(lambda: admission.admit_dial(BOB, 0)) == "max_connections"
+
+
+def test_established_connections_are_not_pending() -> None:
+    admission = Admission(Limits(max_pending_inbound=1))
+    admission.admit_inbound("192.0.2.1", 0).establish(ALICE, 0)
+    admission.admit_inbound("192.0.2.1", 0)
+    assert admission.in_use()["max_pending_inbound"] == 1
+
+
+def test_one_ipv6_network_is_one_host_and_loopback_has_no_limit() -> None:
+    admission = Admission(Limits(max_per_ip=1))
+    admission.admit_inbound("2001:db8:1:1::1", 0)
+    assert refusal(lambda: admission.admit_inbound("2001:db8:1:1:ffff::2", 0)) == "max_per_ip"
+    admission.admit_inbound("2001:db8:1:2::1", 0)
+    for _ in range(10):
+        admission.admit_inbound("127.0.0.1", 0)
+        admission.admit_inbound("::1", 0)
+
+
+def test_per_peer() -> None:
+    admission = Admission(Limits(max_per_peer=2))
+    tickets = [admission.admit_inbound("192.0.2.1", 0) for _ in range(3)]
+    tickets[0].establish(ALICE, 0)
+    tickets[1].establish(ALICE, 0)
+    assert refusal(lambda: tickets[2].establish(ALICE, 0)) == "max_per_peer"
+    tickets[2].release()
+    tickets[0].release()
+    admission.admit_dial(ALICE, 0).establish(ALICE, 0)
+
+
+def test_deny_works_in_both_directions_and_by_network_and_peer() -> None:
+    admission = Admission(Limits(), deny=["198.51.100.0/24", ALICE])
+    assert refusal(lambda: admission.admit_inbound("198.51.100.7", 0)) == "deny"
+    assert refusal(lambda: admission.admit_inbound("::ffff:198.51.100.7", 0)) == "deny"
+    assert refusal(lambda: admission.check_address("198.51.100.7", BOB, 0)) == "deny"
+    assert refusal(lambda: admission.admit_dial(ALICE, 0)) == "deny"
+    ticket = admission.admit_inbound("192.0.2.1", 0)
+    assert refusal(lambda: ticket.establish(ALICE, 0)) == "deny"
+    ticket.release()
+    assert admission.in_use() == NOTHING
+
+
+def test_allow_of_networks_costs_nothing_and_of_peers_waits_for_proof() -> None:
+    networks = Admission(Limits(), allow=["192.0.2.0/24"])
+    networks.admit_inbound("192.0.2.1", 0).establish(BOB, 0)
+    assert refusal(lambda: networks.admit_inbound("198.51.100.1", 0)) == "allow"
+    networks.admit_dial(ALICE, 0).establish(ALICE, 0)  # whom we dial is our own choice
+    both = Admission(Limits(), allow=["192.0.2.0/24", ALICE])
+    both.admit_inbound("192.0.2.1", 0).establish(BOB, 0)
+    both.admit_inbound("198.51.100.1", 0).establish(ALICE, 0)
+    assert refusal(lambda: both.admit_inbound("198.51.100.1", 0).establish(BOB, 0)) == "allow"
+
+
+def test_a_wrong_entry_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"deny: '192\.0\.2\.0/99' is neither a peer id nor an IP network"):
+        Admission(Limits(), deny=["192.0.2.0/99"])
+
+
+def test_bans_end_by_themselves() -> None:
+    admission = Admission(Limits())
+    admission.ban(ALICE, 100, 10)
+    admission.ban("2001:db8::5", 100, 20)
+    assert refusal(lambda: admission.admit_dial(ALICE, 109.9)) == "ban"
+    assert refusal(lambda: admission.admit_inbound("2001:db8::77", 109.9)) == "ban"
+    assert admission.bans(109) == {ALICE: 1, "2001:db8::/64": 11}
+    admission.admit_dial(ALICE, 110)
+    assert admission.unban("2001:db8::1")
+    assert not admission.unban("2001:db8::1")
+    admission.admit_inbound("2001:db8::77", 110)
+    with pytest.raises(AddressError, match="neither a peer id nor an IP"):
+        admission.ban("frankfurt", 0, 1)
+
+
+def test_bans_are_bounded_and_the_first_to_end_goes() -> None:
+    admission = Admission(Limits())
+    for n in range(MAX_BANS + 1):
+        admission.ban(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}", n, 1e6)
+    assert len(admission.bans(MAX_BANS)) == MAX_BANS
+    admission.admit_inbound("10.0.0.0", MAX_BANS)
+    assert refusal(lambda: admission.admit_inbound("10.0.0.1", MAX_BANS)) == "ban"
+
+
+def test_the_policy_is_asked_last_with_what_is_known() -> None:
+    asked: list[Candidate] = []
+
+    def policy(candidate: Candidate) -> str | None:
+        asked.append(candidate)
+        return "no friends of Bob" if candidate.peer == BOB else None
+
+    admission = Admission(Limits(), deny=["198.51.100.0/24"])
+    admission.policy = policy
+    refusal(lambda: admission.admit_inbound("198.51.100.1", 0))
+    assert asked == []
+    ticket = admission.admit_inbound("192.0.2.1", 0)
+    with pytest.raises(Refused, match="no friends of Bob") as caught:
+        ticket.establish(BOB, 0)
+    assert caught.value.limit == "policy"
+    assert asked == [
+        Candidate(Direction.INBOUND, "192.0.2.1", None),
+        Candidate(Direction.INBOUND, "192.0.2.1", BOB),
+    ]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["in", "out", "up", "end"]), st.integers(0, 7), st.integers(0, 3))))
+def test_whatever_happens_nothing_leaks(steps: list[tuple[str, int, int]]) -> None:
+    admission = Admission(Limits(max_connections=6, max_inbound=4, max_pending_inbound=3, max_per_ip=2, max_per_peer=2))
+    tickets: list[Ticket] = []
+    established: set[int] = set()
+    for action, which, who in steps:
+        peer = PeerId(f"peer {who}")
+        try:
+            if action == "in":
+                tickets.append(admission.admit_inbound(f"192.0.2.{who}", 0))
+            elif action == "out":
+                tickets.append(admission.admit_dial(peer, 0))
+            elif action == "up" and which < len(tickets) and which not in established:
+                established.add(which)
+                tickets[which].establish(peer, 0)
+            elif action == "end" and which < len(tickets):
+                tickets[which].release()
+                established.add(which)
+        except Refused:
+            pass
+        used = admission.in_use()
+        assert all(0 <= used[name] <= getattr(admission.limits, name) for name in used)
+    for ticket in tickets:
+        ticket.release()
+    assert admission.in_use() == NOTHING
+    assert not admission._per_peer
+    assert not admission._per_host
