@@ -42,6 +42,22 @@ class _Slot:
         self.done = trio.Event()
 
 
+class _Blocks(AsyncIterator[pb.RpcBlock]):
+    """What `KaspadRpc.notify_block_added` gives. No generator, since those must be closed by whoever stops early."""
+
+    def __init__(self, rpc: KaspadRpc, blocks: trio.MemoryReceiveChannel[pb.RpcBlock]) -> None:
+        self._rpc = rpc
+        self._blocks = blocks
+
+    async def __anext__(self) -> pb.RpcBlock:
+        try:
+            return await self._blocks.receive()
+        except trio.EndOfChannel:
+            if self._rpc._ended is not None:
+                raise self._rpc._ended from None
+            raise StopAsyncIteration from None
+
+
 class KaspadRpc:
     """A connection to kaspad's RPC. Made by `open_rpc` and `connect_rpc`.
 
@@ -141,13 +157,7 @@ class KaspadRpc:
         send, receive = trio.open_memory_channel[pb.RpcBlock](NOTIFICATIONS)
         self._blocks.add(send)
         await self._ask(pb.RpcRequest(notifyBlockAddedRequest=pb.NotifyRequest(command=0)), pb.EmptyResponse)
-        return self._read_blocks(receive)
-
-    async def _read_blocks(self, blocks: trio.MemoryReceiveChannel[pb.RpcBlock]) -> AsyncIterator[pb.RpcBlock]:
-        async for block in blocks:
-            yield block
-        if self._ended is not None:
-            raise self._ended
+        return _Blocks(self, receive)
 
     async def _ask(self, request: pb.RpcRequest, kind: type[Answer]) -> Answer:
         request.id = next(self._ids)
