@@ -6,10 +6,11 @@ Many requests may be in flight; an answer finds its request by id. kaspad answer
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import trio
 from google.protobuf.message import DecodeError, Message
@@ -58,6 +59,42 @@ class _Blocks(AsyncIterator[pb.RpcBlock]):
             raise StopAsyncIteration from None
 
 
+class BlocksAdded:
+    """An async iterator over the blocks that kaspad adds.
+
+    Raises why the connection ended; `RpcError` if its reader fell `NOTIFICATIONS` blocks behind.
+    """
+
+    def __init__(self) -> None:
+        self._queue: deque[pb.RpcBlock] = deque()
+        self._ended: KasError | None = None
+        self._lot = trio.lowlevel.ParkingLot()
+
+    def _put(self, block: pb.RpcBlock) -> None:
+        if self._ended is not None:
+            return
+        if len(self._queue) == NOTIFICATIONS:
+            self._end(RpcError(f"the reader of added blocks fell {NOTIFICATIONS} blocks behind"))
+            return
+        self._queue.append(block)
+        self._lot.unpark_all()
+
+    def _end(self, error: KasError) -> None:
+        self._ended = self._ended or error
+        self._lot.unpark_all()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> pb.RpcBlock:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._queue:
+            if self._ended is not None:
+                raise self._ended
+            await self._lot.park()
+        return self._queue.popleft()
+
+
 class KaspadRpc:
     """A connection to kaspad's RPC. Made by `open_rpc` and `connect_rpc`.
 
@@ -72,7 +109,7 @@ class KaspadRpc:
         self._ids = count(1)
         self._waiting: dict[int, _Slot] = {}
         self._sending = trio.Lock()
-        self._blocks: set[trio.MemorySendChannel[pb.RpcBlock]] = set()
+        self._blocks: list[BlocksAdded] = []
         self._ended: KasError | None = None
 
     async def get_info(self) -> pb.GetInfoResponse:
@@ -148,16 +185,12 @@ class KaspadRpc:
         request = pb.RpcRequest(getUtxosByAddressesRequest=pb.GetUtxosByAddressesRequest(addresses=addresses))
         return list((await self._ask(request, pb.GetUtxosByAddressesResponse)).entries)
 
-    async def notify_block_added(self) -> AsyncIterator[pb.RpcBlock]:
-        """Blocks as kaspad adds them, from now on.
-
-        Returns:
-            an iterator. It ends if its reader falls `NOTIFICATIONS` blocks behind, and raises when the connection ends.
-        """
-        send, receive = trio.open_memory_channel[pb.RpcBlock](NOTIFICATIONS)
-        self._blocks.add(send)
+    async def notify_block_added(self) -> BlocksAdded:
+        """Blocks as kaspad adds them, from now on. Each reader costs memory until the connection ends."""
+        blocks = BlocksAdded()
+        self._blocks.append(blocks)
         await self._ask(pb.RpcRequest(notifyBlockAddedRequest=pb.NotifyRequest(command=0)), pb.EmptyResponse)
-        return _Blocks(self, receive)
+        return blocks
 
     async def _ask(self, request: pb.RpcRequest, kind: type[Answer]) -> Answer:
         request.id = next(self._ids)
@@ -196,8 +229,8 @@ class KaspadRpc:
         finally:
             for slot in self._waiting.values():
                 slot.done.set()
-            for send in self._blocks:
-                send.close()
+            for blocks in self._blocks:
+                blocks._end(self._lost())
 
     def _hand_out(self, data: bytes) -> None:
         try:
@@ -205,12 +238,8 @@ class KaspadRpc:
         except DecodeError as error:
             raise RemoteProtocolError("RPC: an answer is no valid protobuf") from error
         if answer.WhichOneof("payload") == "blockAddedNotification":
-            for send in tuple(self._blocks):
-                try:
-                    send.send_nowait(answer.blockAddedNotification.block)
-                except trio.WouldBlock:
-                    self._blocks.discard(send)
-                    send.close()
+            for blocks in self._blocks:
+                blocks._put(answer.blockAddedNotification.block)
             return
         slot = self._waiting.get(answer.id)
         if slot is not None:
