@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,9 @@ from kas_bridge.bans import DEFAULT_SECONDS, Bans, BansError
 from kas_bridge.config import Settings, parse_endpoint, parse_entry, parse_peer, parse_sources
 from kas_bridge.events import BanLifted, BridgeStarted, BridgeStopping, PeerFailed, PeerForgotten, PeerKept, Trouble
 from kas_bridge.kaspad import KaspadWatch, Look, OpenFacts, look, open_facts
-from kas_libp2p.errors import ConfigError, DialError, KasError, Refused
+from kas_bridge.views import ended_words, short
+from kas_libp2p.addresses import ip_port, without_peer
+from kas_libp2p.errors import AddressError, ConfigError, DialError, KasError, Refused, Stage
 from kas_libp2p.events import Banned, EventBus
 from kas_libp2p.kaspa.join import (
     End,
@@ -49,7 +52,10 @@ VERSION = distribution_version("kas-bridge")
 STOP_WITHIN = 1.0
 """Seconds for the peers to be told that we go; what is left of two seconds is the connections'."""
 
-PEER_BACK_SOON = 8.0
+FIRST_LOOK = 1.0
+"""Seconds that incoming peers wait for the first look at our kaspad, so as not to hear a no that is over at once."""
+
+PEER_BACK_SOON = 5.0
 """Seconds before a peer is asked again at most, whose bridge answers but whose kaspad is away or busy: asking costs
 one stream on a connection that is there."""
 
@@ -185,6 +191,8 @@ class Bridge:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._isolated, "kaspad", self.watch.run)
             nursery.start_soon(self._keep, nursery)
+            with trio.move_on_after(FIRST_LOOK):
+                await self.watch.wait_looked()
             await serve_with_incoming(self.node, self._inbound)
             self.events.emit(
                 BridgeStarted(
@@ -305,7 +313,7 @@ class Bridge:
                 joined_for = trio.current_time() - joined.ready_at
         self._over(
             peer,
-            describe_end(ended),
+            ended_words(ended.reason, ended.by, ended.text),
             joined_for=joined_for,
             standing=not ended.transient and ended.reason not in _QUIET and ended.reason is not End.PEER_BROKE,
             soon=ended.reason in (End.PEER_KASPAD, End.PEER_BUSY),
@@ -330,7 +338,8 @@ class Bridge:
             longest=PEER_BACK_SOON if soon else None,
         )
         if delay is not None:
-            self.events.emit(PeerFailed(peer=peer, problem=problem, retry_in=delay))
+            left = joined_for is not None
+            self.events.emit(PeerFailed(peer=peer, problem=problem, left=left, retry_in=delay))
             self._kick.set()
 
     def _count_joined(self) -> int:
@@ -655,9 +664,6 @@ def _is_entry(text: str) -> bool:
 
 def ip_of(address: str) -> str | None:
     """The IP of a multiaddr, or ``None`` where it has none."""
-    from kas_libp2p.addresses import ip_port
-    from kas_libp2p.errors import AddressError
-
     try:
         found = ip_port(address)
     except AddressError:
@@ -665,58 +671,19 @@ def ip_of(address: str) -> str | None:
     return None if found is None else found[0]
 
 
-def short(peer: str) -> str:
-    """A peer id short enough for a line, and long enough to tell peers apart."""
-    return f"{peer[:12]}…" if len(peer) > 16 else peer
-
-
 def why(error: KasError) -> str:
     """An error in one line."""
     if isinstance(error, DialError):
         reasons = [error.hint] if error.hint else []
         reasons += [
-            f"{each.address}: {_first_line(each.error)} ({each.stage}, {each.seconds:.1f} s)" for each in error.failures
+            f"{without_peer(each.address)}: {_first_line(each.error)}"
+            + ("" if each.stage is Stage.TCP else f" (at {each.stage})")
+            for each in error.failures
         ]
         return "; ".join(reasons) or _first_line(error)
     return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
+    lines = re.sub(r"^\[Errno -?\d+\] ", "", str(error)).splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def describe_end(ended: Ended) -> str:
-    """Why a peer is not joined, in words for the operator."""
-    text = str(ended.text)
-    words = {
-        End.PEER_KASPAD: "its kaspad is not running or can't be joined",
-        End.PEER_BUSY: "its bridge is busy: too many handshakes, or as many peers as it allows",
-        End.PEER_SILENT: "it said nothing in time",
-        End.PEER_CLOSED: "it closed the connection",
-        End.PATH_LOST: "the connection was lost",
-        End.PATH_HUNG: "the connection hung",
-        End.KASPAD_CLOSED: "our kaspad closed it",
-        End.KASPAD_STUCK: "our kaspad takes no data",
-        End.NOT_RUNNING: "our kaspad is not running",
-        End.DUPLICATE: "it is joined already by another way",
-        End.LOOPBACK: "its node is our own",
-        End.DISCONNECTED: "disconnected by the operator",
-        End.SUPERSEDED: "replaced by a newer stream of the same peer",
-        End.STOPPED: "this bridge stopped",
-    }
-    if ended.reason is End.REFUSED:
-        head = "its operator's lists refuse us" if ended.by is Side.PEER else "refused by our lists"
-    elif ended.reason is End.BANNED:
-        head = "its kaspad has banned us" if ended.by is Side.PEER else "our kaspad has banned it"
-    elif ended.reason in (End.NETWORK, End.VERSION, End.USER_AGENT, End.REJECTED):
-        who = "its kaspad" if ended.by is Side.PEER else "our kaspad" if ended.by is Side.KASPAD else "the bridge"
-        head = f"{who} said no: {ended.reason}"
-    else:
-        head = words.get(ended.reason, str(ended.reason))
-    return f"{head} ({text})" if text else head
-
-
-def counts(values: Mapping[str, int]) -> str:
-    """Counters in one line, the largest first."""
-    return ", ".join(f"{name} {count}" for name, count in sorted(values.items(), key=lambda item: -item[1]))

@@ -86,7 +86,7 @@ class Settings:
         max_pending: Kaspa handshakes that may be pending at once; kaspad itself stops at 32.
         max_pending_per_source: the same per source address; kaspad itself stops at 2.
         upload_limit: bytes per second sent to all overlay peers together, such as 500kB or 2MB; 0 for no limit.
-        compress: whether messages between bridges are compressed with zstd.
+        compress: whether messages between bridges are compressed with zstd where that pays.
         kaspad_dials: leave it to kaspad to dial the kept peers, each at a local address of its own, open while
             the peer is up (kaspad's --addpeer=127.0.k.1:PORT). kas-bridge peers shows them.
         listener_port: TCP port of those local addresses.
@@ -109,7 +109,7 @@ class Settings:
     max_pending: int = 16
     max_pending_per_source: int = 2
     upload_limit: str = "0"
-    compress: bool = False
+    compress: bool = True
     kaspad_dials: bool = False
     listener_port: int = DEFAULT_LISTENER_PORT
     limits: Annotated[Limits, Parameter(show=False)] = field(default_factory=Limits)

@@ -70,11 +70,13 @@ class PeerFailed(Event):
 
     Attributes:
         problem: why, in words.
+        left: whether it was joined until now.
         retry_in: seconds until the next attempt.
     """
 
     peer: PeerId
     problem: str
+    left: bool
     retry_in: float
 
 

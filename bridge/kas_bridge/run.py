@@ -12,6 +12,7 @@ import trio
 
 from kas_bridge import datadir, views
 from kas_bridge._control import encode, event_values
+from kas_bridge._keeper import MAX_KEPT
 from kas_bridge.app import Bridge
 from kas_bridge.config import Settings
 from kas_bridge.control import ControlServer, open_socket
@@ -77,6 +78,7 @@ class _Show:
     def __init__(self, bridge: Bridge, verbose: bool) -> None:
         self._bridge = bridge
         self._verbose = verbose
+        self._problems: dict[str, str] = {}
 
     async def run(self, events: Subscription) -> None:
         with trio.move_on_after(FIRST_LOOK):
@@ -87,9 +89,23 @@ class _Show:
             values: dict[str, Any] = json.loads(encode(event_values(event)))
             if values["event"] == "kaspad-changed" and values["at"] <= shown_at:
                 continue
+            if (
+                values["event"] == "peer-failed"
+                and not self._verbose
+                and self._known(values["peer"], values["problem"])
+            ):
+                continue
             line = views.event_line(values, verbose=self._verbose)
             if line is not None:
                 _line(line)
+
+    def _known(self, peer: str, problem: str) -> bool:
+        """Whether the last attempt at this peer failed for the same reason: said once, it is known."""
+        if peer not in self._problems and len(self._problems) >= MAX_KEPT:
+            self._problems.clear()
+        known = self._problems.get(peer) == problem
+        self._problems[peer] = problem
+        return known
 
 
 class _ShowJson:

@@ -14,6 +14,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kas_libp2p.kaspa.join import End, Side
+
 Values = Mapping[str, Any]
 
 
@@ -173,14 +175,17 @@ def _event_text(event: Values, verbose: bool) -> str | None:
                 f" (handshake {seconds(event['seconds'])})"
             )
         case "kaspa-peer-ended":
+            reason = ended_words(event["reason"], event["by"], event["text"])
             if not event["joined"]:
-                return None if not verbose else f"{peer}  not joined: {_reason_of(event)}"
+                return f"{peer}  not joined: {reason}" if verbose else None
             return (
-                f"{peer}  left after {seconds(event['seconds'])}: {_reason_of(event)}"
+                f"{peer}  left after {seconds(event['seconds'])}: {reason}"
                 f" (in {size(event['received'])}, out {size(event['sent'])})"
             )
+        case "peer-failed" if event["left"]:
+            return f"{peer}  dialed again in {seconds(event['retry_in'])}" if verbose else None
         case "peer-failed":
-            return f"{peer}  {event['problem']}; next try in {seconds(event['retry_in'])}"
+            return f"{peer}  not joined: {event['problem']}; next try in {seconds(event['retry_in'])}"
         case "peer-kept":
             return f"{peer}  kept connected from now on: {event['address']}"
         case "peer-forgotten":
@@ -225,10 +230,48 @@ def _kaspad_text(event: Values) -> str:
     return f"{event['condition']}: {event['problem']}; what helps: {event['help']}"
 
 
-def _reason_of(event: Values) -> str:
-    text = f" ({event['text']})" if event["text"] else ""
-    whose = {"kaspad": "our kaspad: ", "peer": "the peer: ", "path": "", "us": ""}[event["by"]]
-    return f"{whose}{event['reason']}{text}"
+_NOISE = frozenset({"the peer closed the connection", "closed by this side", "kaspad ended the connection"})
+"""Texts of the layers below that say nothing which the reason does not."""
+
+_ENDS = {
+    End.PEER_KASPAD: "its kaspad is not running or can't be joined",
+    End.PEER_BUSY: "its bridge is busy: too many handshakes, or as many peers as it allows",
+    End.PEER_SILENT: "it said nothing in time",
+    End.PEER_CLOSED: "it closed the connection",
+    End.PATH_LOST: "the connection was lost",
+    End.PATH_HUNG: "the connection hung",
+    End.KASPAD_CLOSED: "our kaspad closed the connection",
+    End.KASPAD_STUCK: "our kaspad takes no data",
+    End.NOT_RUNNING: "our kaspad is not running",
+    End.DUPLICATE: "it is joined already by another way",
+    End.LOOPBACK: "its node is our own",
+    End.DISCONNECTED: "disconnected by the operator",
+    End.SUPERSEDED: "replaced by a newer stream of the same peer",
+    End.STOPPED: "this bridge stops",
+}
+
+
+def ended_words(reason: str, by: str, text: str) -> str:
+    """Why a peer is not, or no longer, joined.
+
+    Args:
+        reason: one of `kas_libp2p.kaspa.join.End`.
+        by: one of `kas_libp2p.kaspa.join.Side`.
+        text: kaspad's or the peer's own words; may be empty.
+    """
+    whose = {Side.PEER: "its kaspad", Side.KASPAD: "our kaspad"}.get(Side(by), "the bridge")
+    match End(reason):
+        case End.REFUSED:
+            head = "its operator's lists refuse us" if by == Side.PEER else "refused by our lists"
+        case End.BANNED:
+            head = "its kaspad has banned us" if by == Side.PEER else "our kaspad has banned it"
+        case End.NETWORK | End.VERSION | End.USER_AGENT | End.REJECTED:
+            head = f"{whose} said no: {reason}"
+        case End.DUPLICATE if text:
+            return text
+        case known:
+            head = _ENDS.get(known, str(reason))
+    return head if not text or text in _NOISE or text == reason else f"{head} ({text})"
 
 
 def _path_of(path: Any) -> str:
