@@ -536,7 +536,7 @@ class Pending:
 
 def backoff(attempt: int) -> float:
     """Seconds before another try after status 8: 20 ms, doubling to 160 ms. A place is held for 3 ms as a rule."""
-    return min(0.02 * float(2**attempt), 0.16)
+    return min(0.02 * float(2 ** min(attempt, 3)), 0.16)
 
 
 class Rival(StrEnum):

@@ -19,7 +19,7 @@ import errno
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -58,7 +58,8 @@ from kas_libp2p.kaspa._join import (
 )
 from kas_libp2p.kaspa._messages import CloseCode
 from kas_libp2p.kaspa.channel import MAX_MESSAGE, MessageChannel
-from kas_libp2p.kaspa.grpc import GrpcChannel, GrpcSettings
+from kas_libp2p.kaspa.dialect import REFERENCE
+from kas_libp2p.kaspa.grpc import GrpcChannel
 from kas_libp2p.kaspa.messages import MessagesChannel, PathHung, PeerClosed, UploadCap
 from kas_libp2p.kaspa.pump import Flow, Pump, PumpEnd, Stuck
 from kas_libp2p.kaspa.sources import PoolExhausted, Sources
@@ -79,15 +80,6 @@ __all__ = [
 
 CONNECT_TIMEOUT = 1.0
 """Seconds for the TCP connection to kaspad: kaspad's own patience for a peer's."""
-
-REFERENCE_STREAM_WINDOW = 8 * 1024 * 1024
-REFERENCE_CONNECTION_WINDOW = 16 * 1024 * 1024
-REFERENCE_FRAME = 1024 * 1024
-REFERENCE_HEADER_LIST = 64 * 1024
-REFERENCE_KEEPALIVE = 30.0
-REFERENCE_KEEPALIVE_TIMEOUT = 10.0
-REFERENCE_AUTHORITY = "kaspa.libp2p"
-"""How the overlay inside kaspad sets its HTTP/2 up on a stream."""
 
 CLOSE_WITHIN = 0.25
 """Seconds for an orderly end towards kaspad, which is on this host or near."""
@@ -538,17 +530,7 @@ class Joiner:
                 upload=self._upload,
                 liveness=self.settings.liveness,
             )
-        settings = GrpcSettings(
-            authority=REFERENCE_AUTHORITY,
-            gzip=True,
-            max_message=self.settings.max_message,
-            stream_window=REFERENCE_STREAM_WINDOW,
-            connection_window=REFERENCE_CONNECTION_WINDOW,
-            max_frame=REFERENCE_FRAME,
-            max_header_list=REFERENCE_HEADER_LIST,
-            keepalive=REFERENCE_KEEPALIVE,
-            keepalive_timeout=REFERENCE_KEEPALIVE_TIMEOUT,
-        )
+        settings = replace(REFERENCE, max_message=self.settings.max_message)
         # Not who opened the stream counts here, but who is the initiator of the connection under it.
         make = GrpcChannel.client if joined.stream.metadata.initiator else GrpcChannel.server
         return make(joined.stream, settings=settings)
