@@ -25,6 +25,10 @@ class RequestError(KasError):
     """A request can't be understood. The text says what would be."""
 
 
+class ActionError(KasError):
+    """What the operator asked for can't be done. The text says why, and what helps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
     """A field of a request.

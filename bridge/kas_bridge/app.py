@@ -20,6 +20,7 @@ import trio
 from trio import TaskStatus  # type: ignore[attr-defined,unused-ignore]  # libp2p brings stubs that lack it
 
 from kas_bridge import _kaspad
+from kas_bridge._control import ActionError
 from kas_bridge._kaspad import Comparison, Condition, JoinedFacts, KaspadState
 from kas_bridge._keeper import Full, Keeper, Kept, KeptState
 from kas_bridge.bans import DEFAULT_SECONDS, Bans, BansError
@@ -66,10 +67,6 @@ _BLOCKING = frozenset(
 
 _QUIET = frozenset({End.SUPERSEDED, End.STOPPED, End.DISCONNECTED})
 """Our own doing: not a failure of the peer."""
-
-
-class ActionError(KasError):
-    """What the operator asked for can't be done. The text says why, and what helps."""
 
 
 class BridgeNode(Overlay, Protocol):

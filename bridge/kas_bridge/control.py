@@ -10,14 +10,16 @@ import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
-from kas_bridge._control import Lines, RequestError, encode, event_values, parse_request
-from kas_bridge.app import ActionError, Bridge
+from kas_bridge._control import ActionError, Lines, RequestError, encode, event_values, parse_request
 from kas_libp2p.errors import KasError
 from kas_libp2p.events import Subscription
+
+if TYPE_CHECKING:
+    from kas_bridge.app import Bridge
 
 MAX_CONNECTIONS = 32
 """Open at once. A few programs watch events; more is a mistake."""

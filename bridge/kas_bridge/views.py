@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kas_libp2p.kaspa.join import End, Side
+from kas_libp2p.kaspa._join import End, Side  # not by way of join, which imports ten times as much
 
 Values = Mapping[str, Any]
 
