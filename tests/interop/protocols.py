@@ -7,12 +7,11 @@ goes unnoticed.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
 
 from kas_libp2p import Node, OverlayStream
-from tests.interop.rust_peer import PATIENCE
 
 ECHO = "/kas-interop/echo/1.0.0"
 HALF_CLOSE = "/kas-interop/half-close/1.0.0"
@@ -40,16 +39,16 @@ def pattern(offset: int, size: int) -> bytes:
 class Received:
     """What was read until the end of a stream."""
 
-    bytes: int = 0
+    size: int = 0
     intact: bool = True
 
     def take(self, data: bytes) -> None:
-        self.intact &= data == pattern(self.bytes, len(data))
-        self.bytes += len(data)
+        self.intact &= data == pattern(self.size, len(data))
+        self.size += len(data)
 
 
 async def drain(stream: OverlayStream, *, stall: float = 0, pause: float = 0, chunk: int | None = None) -> Received:
-    """Read until the end: nothing for ``stall`` seconds, then with ``pause`` seconds after each read of ``chunk`` bytes."""
+    """Read until the end: nothing for ``stall`` seconds, then ``pause`` seconds after each ``chunk`` bytes."""
     if stall:
         await trio.sleep(stall)
     received = Received()
@@ -110,28 +109,17 @@ async def counted(stream: OverlayStream) -> tuple[int, bool]:
     return count, intact
 
 
-@dataclass(slots=True)
 class Served:
     """What our side of the test protocols does and saw.
 
     Attributes:
         release: lets streams of the hold protocol be read.
-        holding: set when there is one.
-        bulks, first_closed: what came on streams of these protocols; see `first`.
+        results: what came on streams of bulk and first-close; the other side may be done before us.
     """
 
-    release: trio.Event = field(default_factory=trio.Event)
-    holding: trio.Event = field(default_factory=trio.Event)
-    bulks: list[Received] = field(default_factory=list)
-    first_closed: list[Received] = field(default_factory=list)
-
-    async def first(self, results: list[Received]) -> Received:
-        """The only result there will be; the other side may be done before us."""
-        with trio.fail_after(PATIENCE):
-            while not results:
-                await trio.sleep(0.01)
-        (result,) = results
-        return result
+    def __init__(self) -> None:
+        self.release = trio.Event()
+        self._results, self.results = trio.open_memory_channel[Received](16)
 
     async def echo(self, stream: OverlayStream) -> None:
         while data := await stream.receive_some():
@@ -140,22 +128,21 @@ class Served:
 
     async def half_close(self, stream: OverlayStream) -> None:
         received = await drain(stream)
-        await stream.send_all(ANSWER.pack(received.bytes, received.intact))
+        await stream.send_all(ANSWER.pack(received.size, received.intact))
         await stream.send_eof()
 
     async def first_close(self, stream: OverlayStream) -> None:
         await stream.send_eof()
-        self.first_closed.append(await drain(stream))
+        await self._results.send(await drain(stream))
 
     async def bulk(self, stream: OverlayStream) -> None:
         header = BULK_HEADER.unpack(await read_exactly(stream, BULK_HEADER.size))
         _up, down, write, chunk, pause, stall = header
-        self.bulks.append(
+        await self._results.send(
             await both_ways(stream, down, write=write, stall=stall / 1e3, pause=pause / 1e6, chunk=chunk or None)
         )
 
     async def hold(self, stream: OverlayStream) -> None:
-        self.holding.set()
         await self.release.wait()
         await self.half_close(stream)
 

@@ -55,24 +55,30 @@ class RustPeer:
         self._news.unpark_all()
 
     async def wait(
-        self, event: str, where: Callable[[Json], bool] | None = None, *, since: int = 0, **fields: Any
+        self, event: str, where: Callable[[Json], bool] = lambda _: True, *, count: int = 1, **fields: Any
     ) -> Json:
         """Wait for an event, which may have happened already.
 
         Args:
             event: its name, or several, separated by bars.
             where: what else has to be true of it.
-            since: look only at events from this index of `events` on.
+            count: which of the matching events.
             fields: fields that have to be equal.
         """
         names = event.split("|")
+        seen = 0
         with trio.move_on_after(PATIENCE):
             while True:
-                for each in self.events[since:]:
-                    if each["event"] in names and all(each.get(name) == value for name, value in fields.items()):
-                        if where is None or where(each):
-                            return each
-                since = len(self.events)
+                matching = (
+                    each
+                    for each in self.events[seen:]
+                    if each["event"] in names and fields.items() <= each.items() and where(each)
+                )
+                seen = len(self.events)
+                for each in matching:
+                    count -= 1
+                    if count == 0:
+                        return each
                 if self._ended:
                     break
                 await self._news.park()
@@ -80,11 +86,7 @@ class RustPeer:
 
     def seen(self, event: str, **fields: Any) -> list[Json]:
         """The events of this name and with these fields so far."""
-        return [
-            each
-            for each in self.events
-            if each["event"] == event and all(each.get(name) == value for name, value in fields.items())
-        ]
+        return [each for each in self.events if each["event"] == event and fields.items() <= each.items()]
 
     async def order(self, do: str, **fields: Any) -> Json:
         """Give an order and wait until it is carried out.

@@ -47,6 +47,8 @@ const MAX_MESSAGE: usize = 256 << 20;
 const VERSION_TIMEOUT: Duration = Duration::from_secs(8);
 const READY_TIMEOUT: Duration = Duration::from_secs(12);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
+/// For the other side to read what was said last, and to end its side too.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Clone, PartialEq, Message)]
 pub struct KaspadMessage {
@@ -393,15 +395,16 @@ impl Session {
             ready.send(result).ok();
         }
         if failed {
-            return;
+            return self.end(incoming).await;
         }
         let mut counts = Counts::default();
         let end = self.converse(&mut incoming, &mut receiver, &mut counts).await;
-        let mut sessions = self.kaspa.sessions.lock().expect("not poisoned");
-        if sessions.get(&self.peer).is_some_and(|newest| newest.same_channel(&orders)) {
-            sessions.remove(&self.peer);
+        {
+            let mut sessions = self.kaspa.sessions.lock().expect("not poisoned");
+            if sessions.get(&self.peer).is_some_and(|newest| newest.same_channel(&orders)) {
+                sessions.remove(&self.peer);
+            }
         }
-        drop(sessions);
         self.report(
             "kaspa-closed",
             json!({
@@ -410,6 +413,14 @@ impl Session {
                 "others": counts.others,
             }),
         );
+        self.end(incoming).await;
+    }
+
+    /// End in order: a call that is merely dropped is cancelled, and what was said last is lost with it.
+    async fn end(self, mut incoming: Streaming<KaspadMessage>) {
+        drop(self.outgoing);
+        let rest = async { while let Ok(Some(_)) = incoming.message().await {} };
+        tokio::time::timeout(END_TIMEOUT, rest).await.ok();
     }
 
     fn report(&self, event: &str, mut fields: Value) {
