@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import cyclopts
 import trio
@@ -19,6 +20,8 @@ from rich.text import Text
 from kas_bridge import views
 from kas_bridge.config import CONFIG_FILE, ENVIRONMENT_PREFIX, Settings, check_environment, default_data_dir, read_file
 from kas_libp2p.errors import KasError
+
+T = TypeVar("T")
 
 FAILED = 1
 MISUSED = 2
@@ -85,11 +88,24 @@ def _ask(data_dir: Path, request: dict[str, Any]) -> dict[str, Any]:
 
     paths = socket_paths(data_dir.expanduser().absolute())
     try:
-        return trio.run(lambda: ask(paths, request))
+        return _run(lambda: ask(paths, request))
     except KasError as error:
         _fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """`trio.run`; a lone exception comes out as it is, not in the groups of the nurseries that it went through."""
+    try:
+        return trio.run(main)
+    except BaseExceptionGroup as group:
+        lone: BaseException = group
+        while isinstance(lone, BaseExceptionGroup) and len(lone.exceptions) == 1:
+            lone = lone.exceptions[0]
+        if isinstance(lone, BaseExceptionGroup):
+            raise
+        raise lone from None
 
 
 def _tell(answer: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -116,16 +132,9 @@ def run(
     from kas_bridge.run import serve
 
     try:
-        trio.run(lambda: serve(settings, as_json=json, verbose=verbose))
+        _run(lambda: serve(settings, as_json=json, verbose=verbose))
     except KasError as error:
         _fail(error)
-    except BaseExceptionGroup as group:
-        lone: BaseException = group
-        while isinstance(lone, BaseExceptionGroup) and len(lone.exceptions) == 1:
-            lone = lone.exceptions[0]
-        if isinstance(lone, KasError):
-            _fail(lone)
-        raise
 
 
 @app.command
@@ -250,7 +259,7 @@ def events(
             _print(line)
 
     try:
-        trio.run(lambda: follow(socket_paths(data_dir.expanduser().absolute()), show))
+        _run(lambda: follow(socket_paths(data_dir.expanduser().absolute()), show))
     except KasError as error:
         _fail(error)
     except (KeyboardInterrupt, BrokenPipeError):
@@ -263,6 +272,55 @@ def stop(*, data_dir: DataDir = _DATA_DIR, json: Json = False) -> None:
     answer = _ask(data_dir, {"action": "stop"})
     _wait_gone(data_dir.expanduser().absolute())
     _tell(answer, json, lambda: _print("The bridge has stopped."))
+
+
+@app.command
+def demo(
+    *,
+    kaspad: Annotated[
+        Path | None,
+        Parameter(help="the kaspad to use; else $KASPAD, PATH, the cache of scripts/build-kaspad"),
+    ] = None,
+    light: Annotated[bool, Parameter(negative=(), help="with light nodes even if there is a kaspad")] = False,
+    blocks: Annotated[int, Parameter(help="filled blocks of 240 kB that the kaspads sync")] = 600,
+    delay: Annotated[bool, Parameter(help="also with 50 ms of delay each way, between two network namespaces")] = True,
+    json: Annotated[bool, Parameter(name="--json", negative=(), help="only the figures, as one object")] = False,
+) -> None:
+    """See it work: two bridges, two nodes, and what they carry.
+
+    With a kaspad: two unmodified nodes sync through two bridges, beside plain TCP. Without: light nodes, in seconds.
+    """
+    from kas_bridge import demo as show
+    from kas_bridge.simnet.node import KaspadMissing, find_kaspad
+    from kas_bridge.simnet.process import ProcessEnded
+
+    stage = show.Stage(quiet=json)
+    binary = None
+    if not light:
+        try:
+            binary = find_kaspad(kaspad)
+        except KaspadMissing as error:
+            if kaspad is not None:
+                _fail(error)
+            stage.say(f"(With light nodes: {error}.)")
+            stage.say()
+    if not 10 <= blocks <= 5000:
+        _fail("--blocks must be 10 to 5000", MISUSED)
+    try:
+        if binary is None:
+            result = _run(lambda: show.light(stage))
+            show.show_light(stage, result)
+            values = dataclasses.asdict(result)
+        else:
+            figures = _run(lambda: show.kaspads(stage, binary, full=blocks, distance=delay))
+            show.show_kaspads(stage, figures)
+            values = dataclasses.asdict(figures)
+    except (KasError, trio.TooSlowError, ProcessEnded) as error:
+        _fail(str(error) or "a step of the demonstration took too long")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if json:
+        _json_line(values)
 
 
 def _wait_gone(data_dir: Path) -> None:
