@@ -42,9 +42,13 @@ BACKLOG = 1024
 kernel caps it (net.core.somaxconn, 4096)."""
 
 NOTSENT_LOWAT = 128 * KIB
-"""Bytes that the kernel takes beyond what it has sent. Without it the send buffer grows to megabytes, and a small
+"""Unsent bytes in the kernel from which on it takes no more. Without it the send buffer grows to megabytes, and a small
 message of one stream waits behind all that another has already put there. 128 KiB are two full Noise messages, which
-keep the line busy while the next two are sealed, and 1 ms at 1 Gbit/s."""
+keep the line busy while the next two are sealed.
+
+Measured at 50 ms round trip and 55-62 MB/s: 95 % of the time at most 191 KiB (3.5 ms) wait unsent, without it 1273 KiB
+(21.5 ms); at 64 KiB 2.4 ms. On loopback it costs the writer of 64 KiB pieces 0.2 s of CPU per GB, of 256 KiB pieces
+nothing that shows."""
 
 KEEPALIVE_IDLE = 60
 """Seconds of silence before TCP asks whether the other side is there. The muxer asks by itself, and sooner; this is for
