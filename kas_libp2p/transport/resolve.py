@@ -36,6 +36,10 @@ MAX_QUESTIONS = 32
 MAX_ADDRESSES = 64
 """Results of one address. The public bootstrap name gives about 30, over all transports."""
 
+MAX_NAMES = 16
+"""Addresses with a name that are resolved for one peer, as many as are dialed by default. Others may hold thousands for
+it, each of which would be a question to somebody else's name server."""
+
 MAX_RECORDS = 256
 """TXT records looked at per name; the largest DNS message (64 KiB) holds some hundred of a circuit address's length."""
 
@@ -143,12 +147,13 @@ async def resolve(address: addr.Address, *, names: Names = SYSTEM_NAMES, timeout
 async def resolve_all(
     addresses: Iterable[addr.Address], *, names: Names = SYSTEM_NAMES, timeout: float = 5.0
 ) -> tuple[list[Multiaddr], list[AddressFailure]]:
-    """Resolve several addresses of one peer at once.
+    """Resolve several addresses of one peer at once, at most `MAX_NAMES` of them with a name.
 
     Returns:
         all results in the order of the addresses, and one failure per address that led to none.
     """
     wanted = list(addresses)
+    names_left = MAX_NAMES
     results: list[list[Multiaddr]] = [[] for _ in wanted]
     failures: list[AddressFailure | None] = [None] * len(wanted)
 
@@ -156,12 +161,22 @@ async def resolve_all(
         started = trio.current_time()
         try:
             results[index] = await resolve(address, names=names, timeout=timeout)
-        except (ResolveError, AddressError) as error:
+        except ResolveError as error:
             failures[index] = AddressFailure(str(address), Stage.RESOLVE, error, trio.current_time() - started)
 
     async with trio.open_nursery() as nursery:
         for index, address in enumerate(wanted):
-            nursery.start_soon(one, index, address)
+            try:
+                if addr.name_of(address) is None:
+                    results[index] = [addr.parse(address)]
+                    continue
+                names_left -= 1
+                if names_left < 0:
+                    raise ResolveError(f"more than {MAX_NAMES} names for one peer")
+            except (ResolveError, AddressError) as error:
+                failures[index] = AddressFailure(str(address), Stage.RESOLVE, error, 0.0)
+            else:
+                nursery.start_soon(one, index, address)
     return [each for result in results for each in result], [each for each in failures if each is not None]
 
 

@@ -177,6 +177,17 @@ class TestSeveral:
             ("nonsense", Stage.RESOLVE, 0),
         ]
 
+    async def test_a_peer_with_thousands_of_names(self) -> None:
+        names = FakeNames({f"h{n}": ["11.0.0.1"] for n in range(1000)})
+        found, failures = await resolve_all(
+            [*(f"/dns/h{n}/tcp/{n}" for n in range(1000)), "/ip4/11.0.0.2/tcp/1"], names=names
+        )
+        assert len(names.asked) == module.MAX_NAMES
+        assert len(found) == module.MAX_NAMES + 1
+        assert str(found[-1]) == "/ip4/11.0.0.2/tcp/1"
+        assert len(failures) == 1000 - module.MAX_NAMES
+        assert "more than 16 names" in str(failures[0])
+
 
 class TestSystem:
     """The real resolvers: the system's for numbers and localhost, dnspython's against a server on loopback."""
