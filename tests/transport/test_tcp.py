@@ -22,7 +22,7 @@ from kas_libp2p.errors import AddressError, ListenError
 from kas_libp2p.events import AcceptFailed, EventBus
 from kas_libp2p.transport import tcp
 from kas_libp2p.transport.raw import RawConnection
-from kas_libp2p.transport.tcp import Dialer, Listener, Source, TcpRaw, listen, listen_all
+from kas_libp2p.transport.tcp import Dialer, Listener, Source, TcpRaw, listen, listen_all, send_buffer_by_limits
 
 V4, V6 = "/ip4/127.0.0.1/tcp/0", "/ip6/::1/tcp/0"
 
@@ -666,3 +666,21 @@ async def talks(one: TcpRaw, other: TcpRaw) -> None:
     for sender, receiver in ((one, other), (other, one)):
         await sender.send_all(b"hello")
         assert await receive(receiver) == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("wmem_max", "tcp_wmem", "size"),
+    [
+        pytest.param("212992", "4096\t16384\t4194304", None, id="as Linux has it: its own tuning reaches further"),
+        pytest.param("4194304", "4096\t16384\t4194304", 4194304, id="more is allowed than tuning reaches"),
+        pytest.param("2097152", "4096\t16384\t4194304", None, id="as much"),
+        pytest.param("67108864", "4096\t16384\t4194304", tcp.SEND_BUFFER, id="more than we want"),
+        pytest.param("67108864", "4096\t16384\t67108864", None, id="tuned for long paths"),
+        pytest.param("", "4096\t16384\t4194304", None, id="not readable"),
+        pytest.param("4194304", "", None, id="nor this"),
+    ],
+)
+def test_the_send_buffer_never_becomes_smaller_than_the_kernel_makes_it(
+    wmem_max: str, tcp_wmem: str, size: int | None
+) -> None:
+    assert send_buffer_by_limits(wmem_max, tcp_wmem) == size
