@@ -121,6 +121,7 @@ class GrpcMachine:
         self._outgoing: deque[memoryview] = deque()
         self._eof_queued = False
         self._eof_sent = False
+        self._goodbye = False
         self._trailers = (OK, "")
         self._gzip_out = False
         self._prefix = b""
@@ -499,7 +500,10 @@ class GrpcMachine:
         self._h2.ping(b"kas-ping")
 
     def close(self) -> None:
-        """Say that the connection ends. What is queued is dropped if the end was not queued before."""
+        """Say that the connection ends, once. What is queued is dropped if the end was not queued before."""
+        if self._goodbye:
+            return
+        self._goodbye = True
         try:
             if self._open and not (self._eof_sent and self.ended) and self.error is None:
                 self._h2.reset_stream(self._stream_id, ErrorCodes.CANCEL if self.client else ErrorCodes.NO_ERROR)

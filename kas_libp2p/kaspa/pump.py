@@ -1,8 +1,9 @@
 """Two message channels joined both ways: what one receives the other sends, whole, in order, as fast as it takes it.
 
-A Kaspa peer has no use for half a connection: a node that ended its side has left, and what the other still says has no
-reader. So when one direction ends in order its end is passed on, the other direction may finish what is under way
-(`LINGER`, for a Reject that crosses it), and then both are over. When a direction ends otherwise both end at once.
+Left is the peer, right the node. A Kaspa peer has no use for half a connection: a node that ended its side has left,
+and what is said to it has no reader. So when the right side ends, in order or not, both are over at once; whoever
+called closes the left one and says why, behind everything that was carried. When the left side ends in order, the right
+one is told so, and may finish what it has to say about it (`LINGER`, for a Reject that crosses the end).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kas_libp2p.kaspa._join import REJECT, parse_reject, payload_number
 from kas_libp2p.kaspa.channel import MessageChannel, Piece
 
 LINGER = 0.5
-"""Seconds that one direction goes on after the other ended: a round trip or two for what was said meanwhile."""
+"""Seconds that the right side goes on after the left one ended, and that a failed send waits for the reason."""
 
 WATCH_EVERY = 5.0
 """Seconds between two looks at whether a side still takes data."""
@@ -70,13 +71,14 @@ class Pump:
     """Joins two channels. They have to be running, and are not closed here.
 
     Args:
-        left, right: the channels.
+        left, right: the channel to the peer, and the one to the node.
         watch: told of each message until it says that it has seen enough.
         right_stuck_after: seconds for which the right side may take nothing before it counts as stuck.
 
     Attributes:
         from_left, from_right: counters.
-        reject: the last Reject that passed: its reason, and whether it came from the left.
+        reject: the first Reject that passed: its reason, and whether it came from the left. A node answers a reject
+            with one of its own, which says less.
     """
 
     def __init__(
@@ -125,8 +127,11 @@ class Pump:
             try:
                 if not pieces:
                     self._over(from_left, None)
-                    await sink.send_eof()
-                    break
+                    if from_left:
+                        await sink.send_eof()
+                        break
+                    scope.cancel()
+                    return
                 self._look_at(pieces, flow, from_left)
                 flow.waiting_since = current_time()
                 await sink.send_pieces(pieces)
@@ -160,7 +165,7 @@ class Pump:
                 number = REJECT
             else:
                 continue
-            if number == REJECT and not remaining:
+            if number == REJECT and not remaining and self.reject is None:
                 text = parse_reject(data)
                 if text is not None:
                     self.reject = (text, from_left)

@@ -123,6 +123,17 @@ async def test_an_end_in_order_is_passed_on_and_what_crosses_it_arrives(
     assert rig.end == PumpEnd(True, None)
 
 
+async def test_a_node_that_left_has_no_use_for_what_is_said_to_it(autojump_clock: trio.testing.MockClock) -> None:
+    rig = Rig()
+    async with trio.open_nursery() as nursery:
+        await rig.run(nursery)
+        await rig.bob.send(b"bye")
+        await rig.bob.send_eof()
+    assert await rig.alice.receive() == b"bye"
+    assert trio.current_time() == 0
+    assert rig.end == PumpEnd(False, None)
+
+
 @pytest.mark.parametrize("by_left", [True, False])
 async def test_any_other_end_ends_both_at_once(by_left: bool, autojump_clock: trio.testing.MockClock) -> None:
     rig = Rig()
@@ -191,8 +202,8 @@ async def test_rejects_are_passed_on_and_noted(from_left: bool, autojump_clock: 
         await rig.run(nursery)
         await source.send(b"\xb2\x01 is no reject although it looks like one")
         await source.send(reject("DUPLICATE_CONNECTION"))
-        await source.send_eof()
         await sink.receive()
+        await source.send_eof()
         assert await sink.receive() == reject("DUPLICATE_CONNECTION")
     assert rig.end == PumpEnd(from_left, None, ("DUPLICATE_CONNECTION", from_left))
 
