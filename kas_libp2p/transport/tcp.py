@@ -55,8 +55,9 @@ nothing that shows."""
 
 SEND_BUFFER = 16 * MIB
 """Bytes in flight that a connection may have, where the system allows it: one full Yamux window, 80 MB/s at 200 ms of
-round trip. The kernel's own tuning ends at ``tcp_wmem`` (4 MiB by default, with its book-keeping): 15 MB/s were measured
-over such a path, and 36 with this. `NOTSENT_LOWAT` bounds what is not in flight all the same, so nothing waits longer."""
+round trip. The kernel's own tuning ends at ``tcp_wmem`` (4 MiB by default, with its book-keeping): 15 MB/s were
+measured over such a path, and 36 with this. `NOTSENT_LOWAT` bounds what is not in flight all the same, so nothing waits
+longer."""
 
 KEEPALIVE_IDLE = 60
 """Seconds of silence before TCP asks whether the other side is there. The muxer asks by itself, and sooner; this is for
