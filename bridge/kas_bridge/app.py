@@ -12,6 +12,8 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+from functools import partial
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,12 +27,24 @@ from kas_bridge._kaspad import Comparison, Condition, JoinedFacts, KaspadState
 from kas_bridge._keeper import Full, Keeper, Kept, KeptState
 from kas_bridge.bans import DEFAULT_SECONDS, Bans, BansError
 from kas_bridge.config import Settings, parse_endpoint, parse_entry, parse_peer, parse_sources
-from kas_bridge.events import BanLifted, BridgeStarted, BridgeStopping, PeerFailed, PeerForgotten, PeerKept, Trouble
+from kas_bridge.events import (
+    BanLifted,
+    BridgeStarted,
+    BridgeStopping,
+    ListenerClosed,
+    ListenerOpened,
+    PeerFailed,
+    PeerForgotten,
+    PeerKept,
+    Trouble,
+)
 from kas_bridge.kaspad import KaspadWatch, Look, OpenFacts, look, open_facts
+from kas_bridge.listeners import PING, LocalAddresses, ping, stay
 from kas_bridge.views import ended_words, short
 from kas_libp2p.addresses import ip_port, without_peer
-from kas_libp2p.errors import AddressError, ConfigError, DialError, KasError, Refused, Stage
+from kas_libp2p.errors import AddressError, ConfigError, ConnectionLost, DialError, KasError, Refused, Stage
 from kas_libp2p.events import Banned, EventBus
+from kas_libp2p.kaspa.grpc import GrpcChannel
 from kas_libp2p.kaspa.join import (
     End,
     Ended,
@@ -43,7 +57,7 @@ from kas_libp2p.kaspa.join import (
     default_open_kaspad,
 )
 from kas_libp2p.kaspa.messages import UploadCap
-from kas_libp2p.kaspa.sources import FixedSource, PoolSources, Sources
+from kas_libp2p.kaspa.sources import FixedSource, PoolExhausted, PoolSources, Sources
 from kas_libp2p.metadata import OverlayStream, PathKind, PeerId
 from kas_libp2p.seams import OutboundConnector, Overlay, serve_with_incoming
 from kas_libp2p.swarm import Candidate
@@ -59,6 +73,9 @@ FIRST_LOOK = 1.0
 PEER_BACK_SOON = 5.0
 """Seconds before a peer is asked again at most, whose bridge answers but whose kaspad is away or busy: asking costs
 one stream on a connection that is there."""
+
+_KASPADS_DIAL: ContextVar[GrpcChannel | None] = ContextVar("kaspads_dial", default=None)
+"""The channel on which our kaspad dialed the peer whose stream this task carries; ``None`` where we dial kaspad."""
 
 _BLOCKING = frozenset(
     {Condition.SEARCHING, Condition.WRONG_NETWORK, Condition.TOO_OLD, Condition.SEVERAL, Condition.NOT_KASPAD}
@@ -166,6 +183,13 @@ class Bridge:
             open_kaspad=self._open_kaspad,
         )
         self.connector = OutboundConnector(node)
+        self.local: LocalAddresses | None = None
+        if settings.kaspad_dials:
+            self.local = LocalAddresses(settings.data_dir / "listeners.json", settings.listener_port)
+        self.listening: dict[PeerId, str] = {}
+        """Local addresses that are open, by peer."""
+        self.dialed: set[PeerId] = set()
+        """Peers that kaspad dialed at their local addresses."""
         self._open = open_kaspad
         self._wall = wall_clock
         self._kick = trio.Event()
@@ -185,6 +209,9 @@ class Bridge:
         for address in self.settings.peer:
             self._keep_peer(address, "settings", now)
         self.node.set_policy(self._policy)
+        if self.local is not None:
+            # kaspad comes to us: whether it listens for peers of its own is no concern of theirs.
+            self.keeper.set_open(True, now)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._isolated, "kaspad", self.watch.run)
             nursery.start_soon(self._keep, nursery)
@@ -244,10 +271,14 @@ class Bridge:
         if state.up and self.watch.address is not None:
             self.joiner.kaspad = self.watch.address
             self.joiner.node = self.watch.version
-        self.keeper.set_open(state.up and not self.stopping, trio.current_time())
-        self._kick.set()
+        if self.local is None:
+            self.keeper.set_open(state.up and not self.stopping, trio.current_time())
+            self._kick.set()
 
     async def _open_kaspad(self, address: KaspadAddress, source: str | None, max_message: int) -> Any:
+        dialed = _KASPADS_DIAL.get()
+        if dialed is not None:
+            return dialed
         state = self.watch.state
         if state.condition in _BLOCKING:
             raise JoinFailed(Ended(End.NOT_RUNNING, Side.KASPAD, state.problem or "no kaspad was found yet"))
@@ -268,6 +299,9 @@ class Bridge:
         """One attempt at a kept peer, and its whole stay if it works."""
         peer = kept.peer
         try:
+            if self.local is not None:
+                await self._hold(kept, self.local)
+                return
             if peer in self.joiner.peers:
                 return
             stream = await self.connector.connect(peer, addresses=kept.addresses)
@@ -275,13 +309,56 @@ class Bridge:
         except Refused as error:
             # There is a stream with it already, or our own lists say no.
             self._over(peer, why(error), standing=error.limit != "one_kaspa_stream")
-        except KasError as error:
+        except (KasError, PoolExhausted) as error:
             self._over(peer, why(error))
         except Exception as error:  # noqa: BLE001 - the one place where kept peers are isolated from each other
             self.trouble(f"peer {peer}", error)
             self._over(peer, f"{type(error).__name__}: {error}")
         finally:
             self._kick.set()
+
+    async def _hold(self, kept: Kept, local: LocalAddresses) -> None:
+        """Stay connected to a kept peer, and let kaspad dial it at a local address as long as it answers.
+
+        Raises:
+            KasError, PoolExhausted: it can't be reached, or no longer.
+        """
+        peer = kept.peer
+        stream = await self.node.connect(peer, PING, addresses=kept.addresses)
+        try:
+            await ping(stream)
+            async with local.listening(peer, partial(self._dialed, peer)) as address:
+                self.listening[peer] = address
+                self.keeper.is_here(peer)
+                self.events.emit(ListenerOpened(peer=peer, address=address))
+                try:
+                    while self.keeper.get(peer) is not None:
+                        await stay(stream)
+                        await ping(stream)
+                finally:
+                    del self.listening[peer]
+                    self.events.emit(ListenerClosed(peer=peer, address=address))
+        except trio.TooSlowError:
+            raise ConnectionLost("it did not answer a ping in time") from None
+        finally:
+            stream.reset()
+
+    async def _dialed(self, peer: PeerId, tcp: trio.SocketStream) -> None:
+        """Our kaspad dialed the local address of a peer: join the two, the other way round than usual."""
+        try:
+            if peer in self.joiner.peers:
+                return
+            stream = await self.connector.connect(peer)
+            _KASPADS_DIAL.set(GrpcChannel.server(tcp, max_message=self.joiner.settings.max_message))
+            self.dialed.add(peer)
+            await self._carry(stream)
+        except KasError as error:
+            self.events.emit(PeerFailed(peer=peer, problem=why(error), left=False, retry_in=0.0))
+        except Exception as error:  # noqa: BLE001 - one dial of kaspad's is isolated from the peer's other ones
+            self.trouble(f"peer {peer}", error)
+        finally:
+            self.dialed.discard(peer)
+            await trio.aclose_forcefully(tcp)
 
     async def _inbound(self, stream: OverlayStream) -> None:
         await self._carry(stream)
@@ -320,6 +397,8 @@ class Bridge:
         self, peer: PeerId, problem: str, *, joined_for: float | None = None, standing: bool = False, soon: bool = False
     ) -> None:
         if self.stopping:
+            return
+        if peer in self.listening:
             return
         other = self.joiner.peers.get(peer)
         if other is not None:
@@ -485,7 +564,7 @@ class Bridge:
         joined = {
             peer: JoinedFacts(each.theirs.node_id, each.source, each.ready_at)
             for peer, each in self.joiner.peers.items()
-            if each.theirs is not None and each.ready_at is not None
+            if each.theirs is not None and each.ready_at is not None and peer not in self.dialed
         }
         peers: Iterable[PeerId] = joined
         if isinstance(self.sources, PoolSources):
@@ -593,7 +672,8 @@ class Bridge:
             "dialect": joined.dialect.value,
             "rtt_ms": None if metadata.rtt is None else round(metadata.rtt * 1000, 2),
             "since_ms": round((now - (ready if ready is not None else joined.since)) * 1000),
-            "source": joined.source,
+            "source": None if joined.peer in self.dialed else joined.source,
+            "listener": self.listening.get(joined.peer),
             "node": None
             if theirs is None
             else {
@@ -614,13 +694,16 @@ class Bridge:
         }
 
     def _kept_row(self, kept: Kept, now: float) -> dict[str, Any]:
+        state = "listening" if kept.peer in self.listening else "waiting"
+        if kept.state is KeptState.TRYING:
+            state = "dialing"
         waits = kept.state is KeptState.WAITING and self.keeper.open
         problem = kept.problem
         if not self.keeper.open and kept.state is KeptState.WAITING:
             problem = "waits for our kaspad" + (f" (before that: {problem})" if problem else "")
         return {
             "peer_id": kept.peer,
-            "state": "dialing" if kept.state is KeptState.TRYING else "waiting",
+            "state": state,
             "direction": "outbound",
             "path": str(PathKind.DIRECT),
             "relay_id": None,
@@ -629,6 +712,7 @@ class Bridge:
             "rtt_ms": None,
             "since_ms": None,
             "source": self.sources.address_of(kept.peer),
+            "listener": self.listening.get(kept.peer),
             "node": None,
             "received": 0,
             "sent": 0,
@@ -668,7 +752,7 @@ def ip_of(address: str) -> str | None:
     return None if found is None else found[0]
 
 
-def why(error: KasError) -> str:
+def why(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, DialError):
         reasons = [error.hint] if error.hint else []

@@ -309,7 +309,7 @@ def peers(rows: list[dict[str, Any]]) -> RenderableType:
                 seconds(row["since_ms"] / 1000),
                 size(row["received"]),
                 size(row["sent"]),
-                row["source"] or "this host",
+                row["listener"] or row["source"] or "this host",
             )
         parts.append(table)
         for row in joined:
@@ -326,6 +326,9 @@ def peers(rows: list[dict[str, Any]]) -> RenderableType:
         for row in away:
             if row["state"] == "dialing":
                 when = "now"
+            elif row["state"] == "listening":
+                when = "-"
+                row = row | {"problem": f"waits for kaspad to dial it: --addpeer={row['listener']}"}
             else:
                 when = "-" if row["retry_in_s"] is None else f"in {seconds(row['retry_in_s'])}"
             table.add_row(short(row["peer_id"]), when, row["problem"] or "not tried yet")
@@ -390,7 +393,9 @@ def why(values: Values) -> list[str]:
             f"{name} is joined, {path_name(row)}{rtt}: {who}, at {row['address']}.",
             f"  Its node is {node_name(row['node'])} on {row['node']['network']}, id {row['node']['id']}.",
         ]
-        if row["source"]:
+        if row["listener"]:
+            lines.append(f"  Our kaspad may dial it at {row['listener']}.")
+        elif row["source"]:
             lines.append(f"  Our kaspad sees it as {row['source']}, now and after restarts.")
         if row["also_direct"]:
             lines.append(f"  kaspad is connected to the same node directly as well, at {row['also_direct']}.")
@@ -399,6 +404,11 @@ def why(values: Values) -> list[str]:
         return lines
     if row["state"] == "handshaking":
         return [f"{name} is connected at {row['address']}, and the two nodes are shaking hands."]
+    if row["state"] == "listening":
+        return [
+            f"{name} is reachable, and waits for our kaspad to dial it.",
+            f"  What helps: start kaspad with --addpeer={row['listener']}, or the bridge without --kaspad-dials.",
+        ]
     lines = [f"{name} is not joined: {row['problem'] or 'it was not tried yet'}."]
     if kaspad["condition"] != "up":
         lines.append(f"  Our kaspad: {kaspad['problem'] or kaspad['condition']}.")
