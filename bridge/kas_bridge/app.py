@@ -11,7 +11,8 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from importlib.metadata import version as distribution_version
@@ -126,6 +127,24 @@ def make_sources(settings: Settings) -> Sources:
     return FixedSource(None)
 
 
+class _Leases(Sources):
+    """Source addresses for those peers that we join: one that kaspad dialed by itself needs none."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+
+    @contextmanager
+    def lease(self, peer: PeerId) -> Iterator[str | None]:
+        if _KASPADS_DIAL.get() is not None:
+            yield None
+            return
+        with self._sources.lease(peer) as address:
+            yield address
+
+    def address_of(self, peer: PeerId) -> str | None:
+        return self._sources.address_of(peer)
+
+
 class Bridge:
     """One bridge in front of one kaspad.
 
@@ -169,7 +188,7 @@ class Bridge:
         rate = settings.upload_rate
         self.joiner = Joiner(
             KaspadAddress(),
-            self.sources,
+            _Leases(self.sources),
             settings=JoinSettings(
                 max_joined=settings.max_joined,
                 max_pending=settings.max_pending,
@@ -672,7 +691,7 @@ class Bridge:
             "dialect": joined.dialect.value,
             "rtt_ms": None if metadata.rtt is None else round(metadata.rtt * 1000, 2),
             "since_ms": round((now - (ready if ready is not None else joined.since)) * 1000),
-            "source": None if joined.peer in self.dialed else joined.source,
+            "source": joined.source,
             "listener": self.listening.get(joined.peer),
             "node": None
             if theirs is None
