@@ -102,6 +102,18 @@ def test_a_command_runs_inside_and_ends_as_itself(wire: Wire) -> None:
 
 
 @pytest.mark.lab
+def test_settings_hold_at_both_ends() -> None:
+    name = "ipv4/tcp_keepalive_time"
+    with Wire(settings={name: "1234"}) as wire:
+        for end in (wire.a, wire.b):
+            process = end.popen(["cat", f"/proc/sys/net/{name}"], stdout=subprocess.PIPE)
+            assert process.communicate()[0] == b"1234\n"
+    assert Path(f"/proc/sys/net/{name}").read_text() != "1234\n"
+    with pytest.raises(WireError, match="No such file"):
+        Wire(settings={"ipv4/no_such_setting": "1"})
+
+
+@pytest.mark.lab
 def test_two_wires_do_not_see_one_another(wire: Wire) -> None:
     with Wire() as other:
         assert ask(other) < ask(wire)

@@ -27,7 +27,7 @@ from typing import Any
 import trio
 
 from kas_bridge.simnet.bridges import Bridges
-from kas_bridge.simnet.measure import Live, PlainTcp, Sync, Way, live, pair_of, raw_transfer, sync, timed_sync
+from kas_bridge.simnet.measure import HOST, Live, PlainTcp, Sync, Way, live, pair_of, raw_transfer, sync, timed_sync
 from kas_bridge.simnet.mine import FULL, Chain, filled_chain
 from kas_bridge.simnet.node import find_kaspad
 from kas_bridge.simnet.wire import Wire
@@ -103,7 +103,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def live_once(chain: Chain, kaspad: Path, way: Way, size: int, count: int, delay: float | None) -> Live:
-    wire = None if delay is None else Wire(delay)
+    wire = None if delay is None else Wire(delay, HOST)
     try:
         async with pair_of(chain, kaspad, way, wire) as pair, way.prepare(pair) as link:
             await timed_sync(chain, pair, way, link, delay or 0.0)

@@ -25,6 +25,9 @@ from kas_bridge.simnet.node import SimnetNode, simnet_node
 from kas_bridge.simnet.process import Process, ProcessEnded
 from kas_bridge.simnet.wire import Wire
 
+HOST = {"ipv4/tcp_congestion_control": "cubic"}
+"""What the ends of a measured wire have whatever this host has: Linux' own default. With BBR a connection that was idle
+takes seconds to find its rate again."""
 POLL = 0.02
 """Seconds between two looks at a syncing node."""
 SYNC_TIMEOUT = 600.0
@@ -205,7 +208,7 @@ async def sync(chain: Chain, kaspad: Path, way: Way, *, delay: float | None = No
     Raises:
         RuntimeError: the wire lost frames, so the figure would mean nothing.
     """
-    with Wire(delay) if delay is not None else contextlib.nullcontext() as wire:
+    with Wire(delay, HOST) if delay is not None else contextlib.nullcontext() as wire:
         async with pair_of(chain, kaspad, way, wire) as pair, way.prepare(pair) as link:
             return await timed_sync(chain, pair, way, link, delay or 0.0, progress)
 
@@ -296,7 +299,7 @@ async def live(
 
 def raw_transfer(size: int, delay: float | None = None) -> float:
     """Seconds that one plain TCP stream takes for so many bytes, connecting included: what the path itself allows."""
-    with Wire(delay) if delay is not None else contextlib.nullcontext() as wire:
+    with Wire(delay, HOST) if delay is not None else contextlib.nullcontext() as wire:
         listener = wire.b.socket() if wire else socket.socket()
         sender = wire.a.socket() if wire else socket.socket()
         with listener, sender:

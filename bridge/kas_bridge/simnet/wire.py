@@ -35,7 +35,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -127,19 +127,24 @@ class Wire:
 
     Args:
         delay: seconds that each frame is held, each way. 0 forwards at once.
+        settings: what to write into files under ``/proc/sys/net`` at both ends, such as
+            ``{"ipv4/tcp_congestion_control": "cubic"}``; what is not named is as on this host.
 
     Attributes:
         a, b: the two ends.
 
     Raises:
-        WireError: the system does not let us make network namespaces.
+        WireError: the system does not let us make network namespaces, or refuses a setting.
     """
 
-    def __init__(self, delay: float = 0.0) -> None:
+    def __init__(self, delay: float = 0.0, settings: Mapping[str, str] | None = None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", os.path.abspath(__file__), "hold", str(theirs.fileno()), repr(delay)],
+                [
+                    *(sys.executable, "-I", "-S", os.path.abspath(__file__)),
+                    *("hold", str(theirs.fileno()), repr(delay), json.dumps(dict(settings or {}))),
+                ],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C in the terminal is for the test, which then closes the wire
@@ -305,7 +310,7 @@ class _Netlink:
         self._socket.close()
 
 
-def _make_namespaces() -> tuple[list[int], list[int]]:
+def _make_namespaces(settings: Mapping[str, str]) -> tuple[list[int], list[int]]:
     """Make both ends and the wire's namespace, in which this process then is; returns the ends' fds and a user's."""
     user: list[int] = []
     uid, gid = os.getuid(), os.getgid()
@@ -335,6 +340,9 @@ def _make_namespaces() -> tuple[list[int], list[int]]:
         netlink.address("eth0", f"11.0.0.{number}", 24)
         netlink.address("eth0", f"2d00::{number}", 64)
         netlink.close()
+        for name, value in settings.items():  # /proc/sys/net is that of the namespace in which the reader is
+            with open(f"/proc/sys/net/{name}", "w", encoding="ascii") as target:
+                target.write(value)
     _setns(wire, CLONE_NEWNET)
     return [*ends, wire], user
 
@@ -436,14 +444,14 @@ class _Forwarder:
         }
 
 
-def _hold(control_fd: int, delay: float) -> None:
+def _hold(control_fd: int, delay: float, settings: Mapping[str, str]) -> None:
     """The helper's whole life: make the namespaces, say so, forward until the control socket is closed."""
     control = socket.socket(fileno=control_fd)
     try:
-        namespaces, user = _make_namespaces()
+        namespaces, user = _make_namespaces(settings)
         forwarder = _Forwarder(delay)
     except OSError as error:
-        message = f"can't make network namespaces here ({error}); run as root, or allow user namespaces"
+        message = f"can't make network namespaces like this here ({error}); run as root, or allow user namespaces"
         control.send(json.dumps({"error": message}).encode())
         return
     wire = namespaces.pop()
@@ -489,6 +497,6 @@ def _enter(fds: list[int], argv: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "hold":
-        _hold(int(sys.argv[2]), float(sys.argv[3]))
+        _hold(int(sys.argv[2]), float(sys.argv[3]), json.loads(sys.argv[4]))
     else:
         _enter([int(fd) for fd in sys.argv[2].split(",")], sys.argv[3:])
