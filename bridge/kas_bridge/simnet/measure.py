@@ -26,9 +26,9 @@ from kas_bridge.simnet.process import Process, ProcessEnded
 from kas_bridge.simnet.wire import Wire
 
 HOST = {"ipv4/tcp_congestion_control": "reno"}
-"""What the ends of a measured wire have whatever this host has. Without loss Reno does what Linux' default, Cubic, does,
-and it is the one that may be chosen in any namespace. (With BBR a connection that was idle takes seconds to find its
-rate again.)"""
+"""What the ends of a measured wire have whatever this host has. Without loss Reno does what Linux' default, Cubic,
+does, and it is the one that may be chosen in any namespace. (With BBR a connection that was idle takes seconds to find
+its rate again.)"""
 POLL = 0.02
 """Seconds between two looks at a syncing node."""
 SYNC_TIMEOUT = 600.0
