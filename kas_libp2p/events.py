@@ -287,6 +287,21 @@ class KaspaPeerEnded(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InternalError(Event):
+    """A mistake in this library ended one connection, dial or stream, and nothing else. Worth a report.
+
+    Attributes:
+        peer: whom it was about, if it was known.
+        where: which part failed.
+        reason: the exception; the log has its traceback.
+    """
+
+    peer: PeerId | None
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventsLost(Event):
     """This subscriber was too slow.
 

@@ -153,3 +153,10 @@ def make_swarm(host: MemoryHost, seed: int, config: Config | None = None) -> tup
     """A swarm on a host, and what it tells."""
     bus = RecordingBus()
     return Swarm(Identity.from_seed(bytes([seed]) * 32), config, events=bus, network=host), bus
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until something is so that nobody can be asked to tell, as what another library does in its own time."""
+    with trio.fail_after(10):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.001)

@@ -125,6 +125,9 @@ class GrpcChannel(MessageChannel):
             self._machine.lose(ConnectionLost("the channel was ended by this side"))
             self._flushed.set()
             self._wake_all()
+            if not self._closing:  # else whoever closes it closes the stream
+                with trio.CancelScope(shield=True):
+                    await trio.aclose_forcefully(self._stream)
 
     # Tasks
 

@@ -38,7 +38,7 @@ from typing import Any, cast
 import trio
 from libp2p.abc import IHost, IMuxedConn, INetConn, INetStream, INotifee, IRawConnection
 from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.custom_types import StreamHandlerFn
+from libp2p.custom_types import StreamHandlerFn, TProtocol
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream import exceptions as stream_errors
@@ -74,6 +74,7 @@ from kas_libp2p.events import (
     EventBus,
     HandlerFailed,
     InboundRefused,
+    InternalError,
     LimitHit,
     Listening,
     PeerMisbehaved,
@@ -194,7 +195,7 @@ class Swarm(BaseSwarm):
         self.on_addresses: list[Callable[[], None]] = []
         self._network: Network = network if network is not None else TcpNetwork(config.dial, self.events)
         self._served: dict[str, _Served] = {}
-        self._host_mux: Any = None
+        self._host: IHost | None = None
         self._raw_handler: StreamHandlerFn | None = None
         self._attempts: dict[object, _Attempt] = {}
         self._feeds: dict[int, _Feed] = {}
@@ -231,11 +232,12 @@ class Swarm(BaseSwarm):
                         await stop.wait()
                         tasks.cancel_scope.cancel()
                 finally:
+                    self._tasks = self.background_nursery = None
                     self._closing = True
-                    self._close_listeners()
                     stop.set()
+                    self._close_listeners()
         finally:
-            self._tasks = self.background_nursery = None
+            self._carrying = None
 
     async def _carry_connections(self, *, task_status: Any) -> None:
         assert self._stop is not None
@@ -248,7 +250,6 @@ class Swarm(BaseSwarm):
                     for connection in self.all_connections():
                         closing.start_soon(connection.close, "this node is shutting down")
                 nursery.cancel_scope.cancel()
-        self._carrying = None
 
     async def close(self) -> None:
         """End everything in order. May be called again."""
@@ -344,8 +345,15 @@ class Swarm(BaseSwarm):
                 self.events.emit(InboundRefused(address=address, reason=error.limit))
                 return
             await self._carry(SwarmConnection(self, connection, ticket), trio.current_time() - started)
+        except Exception as error:  # noqa: BLE001 - one connection is isolated from all others
+            raw.abort()
+            self._internal_error(None, "an inbound connection", error)
         finally:
             ticket.release()
+
+    def _internal_error(self, peer: PeerId | None, where: str, error: Exception) -> None:
+        logger.error("an internal error ended %s", where, exc_info=error)
+        self.events.emit(InternalError(peer=peer, where=where, reason=f"{type(error).__name__}: {error}"))
 
     def _establish(self, ticket: Ticket, connection: Connection) -> None:
         if connection.peer == self.peer:
@@ -401,6 +409,9 @@ class Swarm(BaseSwarm):
 
         try:
             await transport.run(on_stream, on_limit=on_limit, task_status=task_status)
+        except Exception as error:  # noqa: BLE001 - one connection is isolated from all others
+            transport.abort("an internal error")
+            self._internal_error(transport.peer, "a connection", error)
         finally:
             self.remove_conn(connection)
 
@@ -472,8 +483,12 @@ class Swarm(BaseSwarm):
 
     def protocols(self) -> tuple[str, ...]:
         """What is served here, a py-libp2p host's protocols included."""
-        hosted = self._host_mux.handlers if self._host_mux is not None else ()
-        return tuple(dict.fromkeys([*self._served, *(str(protocol) for protocol in hosted if protocol)]))
+        return tuple(
+            dict.fromkeys([*self._served, *(str(protocol) for protocol in self._hosted_handlers() if protocol)])
+        )
+
+    def _hosted_handlers(self) -> dict[TProtocol | None, StreamHandlerFn | None]:
+        return self._host.get_mux().handlers if self._host is not None else {}
 
     def set_stream_handler(self, stream_handler: StreamHandlerFn) -> None:
         """For py-libp2p's hosts: their protocols are served beside ours.
@@ -482,12 +497,17 @@ class Swarm(BaseSwarm):
         """
         super().set_stream_handler(stream_handler)
         host = getattr(stream_handler, "__self__", None)
-        if isinstance(host, IHost):
-            self._host_mux, self._raw_handler = host.get_mux() if hasattr(host, "multiselect") else host, None
-        else:
-            self._host_mux, self._raw_handler = None, stream_handler
+        self._host = host if isinstance(host, IHost) else None
+        self._raw_handler = stream_handler if self._host is None else None
 
     async def _serve(self, connection: SwarmConnection, stream: YamuxStream) -> None:
+        try:
+            await self._negotiate_and_serve(connection, stream)
+        except Exception as error:  # noqa: BLE001 - one stream is isolated from all others
+            stream.reset()
+            self._internal_error(connection.peer, "a stream", error)
+
+    async def _negotiate_and_serve(self, connection: SwarmConnection, stream: YamuxStream) -> None:
         if self._raw_handler is not None:
             return await self._isolate(connection, stream, self._hosted(connection, self._raw_handler))
         try:
@@ -497,7 +517,7 @@ class Swarm(BaseSwarm):
             return None
         served = self._served.get(protocol)
         if served is None:
-            handler = self._host_mux.handlers.get(protocol) if self._host_mux is not None else None
+            handler = self._hosted_handlers().get(TProtocol(protocol))
             if handler is None:
                 return stream.reset(NEGOTIATION)
             return await self._isolate(connection, stream, self._hosted(connection, handler))
@@ -637,6 +657,9 @@ class Swarm(BaseSwarm):
                     attempt.error = error
                     seconds = trio.current_time() - started
                     self.events.emit(DialFailed(target=target, reason=str(error).partition("\n")[0], seconds=seconds))
+                except Exception as error:  # noqa: BLE001 - one dial is isolated from everything else
+                    attempt.error = DialError(target, hint=f"an internal error: {type(error).__name__}: {error}")
+                    self._internal_error(peer, "a dial", error)
         finally:
             if self._attempts.get(key) is attempt:
                 del self._attempts[key]

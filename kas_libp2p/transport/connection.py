@@ -42,12 +42,13 @@ from kas_libp2p.transport.raw import RawConnection
 from kas_libp2p.transport.yamux._machine import Batch, GoAway, Machine, Stream
 from kas_libp2p.transport.yamux.stream import YamuxStream
 
-READ_BUFFER = 256 * KIB
+READ_BUFFER = 6 * FULL_FRAME
 """Bytes read at once: the work per read becomes small beside the work per byte, and it fits the second-level cache."""
 FEW_BYTES = 16 * KIB
 """A read of less found the line nearly empty: the next one waits for it to be readable instead of trying at once."""
-MAX_BATCH = 4 * MAX_PLAINTEXT
-"""Plaintext bytes sealed at once at most: four full Noise messages."""
+MAX_BATCH = 5 * MAX_PLAINTEXT
+"""Plaintext bytes sealed at once at most: five full Noise messages, so that a stream's whole queue (256 KiB by default)
+leaves in one system call."""
 MIN_BATCH = 16 * KIB
 """Plaintext bytes sealed at once at least, on a line that takes little."""
 FLUSH_BUDGET = 4 * MAX_BATCH
@@ -345,8 +346,7 @@ class Connection:
             self._quiet = False
             self.flush()
         elif not self._kicked:
-            self._kicked = True
-            self._flusher.wake()
+            self.flush_soon()
 
     def flush_soon(self) -> None:
         """Have the flusher send what is queued, in the next turn of the scheduler."""

@@ -28,10 +28,10 @@ from pathlib import Path
 
 import coincurve
 import trio
-from kas_libp2p.kaspa.rpc import KaspadRpc
 
 from kas_bridge.simnet.node import VERSION, cache_folder, simnet_node
 from kas_libp2p.kaspa import rpc_pb2
+from kas_libp2p.kaspa.rpc import KaspadRpc
 
 MATURITY = 1000
 """Blocks after which the coins of a coinbase can be spent: 100 s at 10 blocks per second."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Self
 
 import trio
-from kas_libp2p.kaspa.rpc import KaspadRpc, open_rpc
 
 from kas_bridge.simnet.process import Process, ProcessEnded
 from kas_bridge.simnet.wire import Namespace
 from kas_libp2p.errors import KasError
+from kas_libp2p.kaspa.rpc import KaspadRpc, open_rpc
 
 VERSION = "2.1.0"
 """The kaspad that everything here was measured with."""

@@ -703,7 +703,7 @@ class Machine:
         fresh, ready = self._fresh, self._ready
         while size < limit and (fresh or ready):
             stream = fresh.popleft() if fresh else ready.popleft()
-            most = limit - size if not fresh and not ready else QUANTUM
+            most = QUANTUM if fresh or ready else max(limit - size - HEADER_SIZE, 1)
             queued = stream.queued
             count = min(queued, stream.send_window, most, MAX_FRAME)
             rest = queued - count
