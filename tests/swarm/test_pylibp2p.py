@@ -5,8 +5,9 @@ Over loopback TCP, as their side has no other network.
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -38,7 +39,15 @@ ECHO = TProtocol("/echo/1")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # sockets of theirs
+    pytest.mark.usefixtures("their_sockets"),
 ]
+
+
+@pytest.fixture
+def their_sockets() -> Iterator[None]:
+    """What they leave open is found here, and not in another test."""
+    yield
+    gc.collect()
 
 
 async def echo(stream: INetStream) -> None:

@@ -43,7 +43,7 @@ async def test_the_path_is_kept():
     raws = memory_pair()
     path = Path(PathKind.RELAYED, PeerId("relay"))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Foreign(raws[1]).shake)
+        nursery.start_soon(shake_as_far_as_it_goes, Foreign(raws[1]))
         connection = await ours(raws[0], True, path=path)
     assert connection.path == path
 
@@ -313,7 +313,7 @@ async def test_a_listing_before_the_proposal():
 async def test_another_peer_than_expected():
     raws = memory_pair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Foreign(raws[1]).shake)
+        nursery.start_soon(shake_as_far_as_it_goes, Foreign(raws[1]))
         with pytest.raises(PeerIdMismatch) as caught:
             await ours(raws[0], True, expected=ALICE.peer_id)
         nursery.cancel_scope.cancel()
@@ -349,7 +349,7 @@ async def test_signatures_of_others_are_refused(monkeypatch):
     foreign = Foreign(raws[1])
     monkeypatch.setattr(Handshake, "_payload", forged(Handshake._payload, foreign._handshake))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(foreign.shake)
+        nursery.start_soon(shake_as_far_as_it_goes, foreign)
         with pytest.raises(SecurityError, match="not signed"):
             await ours(raws[0], True)
         nursery.cancel_scope.cancel()
