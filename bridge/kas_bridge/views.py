@@ -15,6 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kas_libp2p.kaspa._join import End, Side  # not by way of join, which imports ten times as much
+from kas_libp2p.units import milliseconds as milliseconds
+from kas_libp2p.units import plural as plural
+from kas_libp2p.units import rate as rate
+from kas_libp2p.units import seconds as seconds
+from kas_libp2p.units import short as short
+from kas_libp2p.units import size as size
 
 Values = Mapping[str, Any]
 
@@ -27,53 +33,7 @@ def console(*, error: bool = False) -> Console:
     return made
 
 
-# -- Units -------------------------------------------------------------------------------------------------------------
-
-
-def size(count: float) -> str:
-    """Bytes, in powers of ten."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale * 0.9995:
-            value = count / scale
-            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
-    return f"{count:.0f} B"
-
-
-def rate(per_second: float) -> str:
-    """Bytes per second."""
-    return f"{size(per_second)}/s"
-
-
-def seconds(value: float) -> str:
-    """A duration, in the one unit that tells most."""
-    if value < 0.0995:
-        return f"{value * 1000:.1f} ms" if value < 0.00995 else f"{value * 1000:.0f} ms"
-    if value < 9.95:
-        return f"{value:.1f} s"
-    if value < 120:
-        return f"{value:.0f} s"
-    if value < 7200:
-        return f"{value / 60:.0f} min"
-    if value < 172800:
-        return f"{value / 3600:.0f} h"
-    return f"{value / 86400:.0f} d"
-
-
-def milliseconds(value: float | None) -> str:
-    """A round trip."""
-    if value is None:
-        return "-"
-    return f"{value:.1f} ms" if value < 9.95 else f"{value:.0f} ms"
-
-
-def plural(count: int, one: str, many: str | None = None) -> str:
-    """``1 peer``, ``2 peers``."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
-
-
-def short(peer: str) -> str:
-    """A peer id short enough for a line. Every ed25519 id begins with 12D3KooW; what follows tells them apart."""
-    return f"{peer[:12]}…" if len(peer) > 16 else peer
+# -- Names ------------------------------------------------------------------------------------------------------------
 
 
 def node_name(node: Values | None) -> str:
