@@ -41,7 +41,7 @@ class Link:
         self._ready = trio.Event()
 
     async def ready(self) -> None:
-        """Wait until the right side's node has finished its handshake."""
+        """Wait until the right side's node has finished its first handshake."""
         with trio.fail_after(PLENTY):
             await self._ready.wait()
 
@@ -49,7 +49,6 @@ class Link:
         """One stream, from its beginning to its end on both sides."""
         self.stream, other = overlay_pair(window=4 << 20, protocol=self.protocol)
         self.ends.clear()
-        self._ready = trio.Event()
 
         async def carry(name: str, joiner: Joiner, stream: MemoryOverlay) -> None:
             self.ends[name] = await joiner.carry(stream, on_ready=lambda _: name == "right" and self._ready.set())
