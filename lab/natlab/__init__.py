@@ -1,0 +1,1 @@
+"""natlab: real NATs on one machine. See README.md of the distribution."""
