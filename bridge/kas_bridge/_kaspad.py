@@ -213,6 +213,9 @@ def _of_failure(address: KaspadAddress, ended: Ended, *, given: bool) -> KaspadS
     if condition is Condition.NOT_RUNNING:
         problem = f"no kaspad listens on {address}"
         what_helps = f"{_START} or {where}"
+    elif condition is Condition.NOT_KASPAD and (network := _with_rpc_port(address.port)) is not None:
+        problem = f"what listens on {address} does not speak kaspad's P2P protocol, and {address.port} is its RPC port"
+        what_helps = f"give its P2P address: --kaspad {KaspadAddress(address.host, network.p2p_port)}"
     elif condition is Condition.NOT_KASPAD:
         problem = f"what listens on {address} is no kaspad ({ended.text or ended.reason})"
         what_helps = f"{who_has_it}; {where}"
@@ -238,6 +241,10 @@ def _of_failure(address: KaspadAddress, ended: Ended, *, given: bool) -> KaspadS
         else:
             what_helps = where if given else f"{_START} or {where}"
     return KaspadState(condition=condition, address=str(address), problem=problem, help=what_helps)
+
+
+def _with_rpc_port(port: int) -> Network | None:
+    return next((each for each in Network if each.rpc_port == port), None)
 
 
 def ipaddress_is_loopback(host: str) -> bool:
@@ -318,11 +325,34 @@ def compare(joined: Mapping[PeerId, JoinedFacts], sources: Mapping[PeerId, str |
 
 
 def notes(
-    state: KaspadState, comparison: Comparison, *, one_source: bool, host: str, sources_given: bool
+    comparison: Comparison, *, host: str, one_source: bool, sources_given: bool, join_problem: Ended | None
 ) -> list[tuple[str, str]]:
-    """What is worth knowing although it works: pairs of a sentence and what helps."""
+    """What is worth knowing although kaspad is up: pairs of a sentence and what helps.
+
+    Args:
+        comparison: what RPC says of our peers.
+        host: kaspad's; empty while none was found.
+        one_source: whether all peers come from one address.
+        sources_given: whether that is the operator's wish.
+        join_problem: why kaspad could not be joined last, or ``None``.
+    """
     found: list[tuple[str, str]] = []
-    if one_source and not sources_given and host and not ipaddress_is_loopback(host):
+    if join_problem is not None and join_problem.reason in (End.NO_SOURCE, End.UNREACHABLE):
+        found.append(
+            (
+                f"no peer can be joined: {join_problem.text}",
+                "give --source addresses of this machine from which kaspad can be reached, or --source one",
+            )
+        )
+    if one_source and not sources_given and host and ":" in host and ipaddress_is_loopback(host):
+        found.append(
+            (
+                f"IPv6 has one loopback address, so all peers reach kaspad at {host} from the same one: it takes 2"
+                " handshakes at a time, and a ban of one bans all",
+                "give kaspad's IPv4 address: --kaspad 127.0.0.1:PORT",
+            )
+        )
+    elif one_source and not sources_given and host and not ipaddress_is_loopback(host):
         found.append(
             (
                 f"kaspad at {host} is on another host or in a container, where sources of 127.x can't reach it: all"

@@ -122,7 +122,7 @@ def make_sources(settings: Settings) -> Sources:
         if len(networks) == 1 and networks[0].num_addresses == 1:
             return FixedSource(str(networks[0].network_address))
         return PoolSources([str(network) for network in networks], path=path)
-    if _kaspad.ipaddress_is_loopback(host):
+    if ":" not in host and _kaspad.ipaddress_is_loopback(host):
         return PoolSources(path=path)
     return FixedSource(None)
 
@@ -442,7 +442,7 @@ class Bridge:
 
     def _policy(self, candidate: Candidate) -> str | None:
         ban = self.bans.find(candidate.peer or "", candidate.ip, self._wall())
-        return None if ban is None else "ban"
+        return None if ban is None else "banned here"
 
     def _keep_peer(self, address: str, origin: str, now: float) -> Kept:
         peer = PeerId(parse_peer(address))
@@ -531,6 +531,9 @@ class Bridge:
         except (ConfigError, BansError) as error:
             raise ActionError(str(error)) from None
         self.events.emit(Banned(target=ban.target, seconds=seconds if seconds is not None else float("inf")))
+        for kept in self.keeper.all():
+            if kept.peer == ban.target and kept.state is KeptState.WAITING:
+                self.keeper.ended(kept.peer, trio.current_time(), standing=True, problem="banned here")
         ended = []
         for peer, ip in self._connected():
             if self.bans.find(peer, ip, self._wall()) is ban:
@@ -657,11 +660,11 @@ class Bridge:
     def _notes(self, comparison: Comparison) -> list[tuple[str, str]]:
         address = self.watch.address
         found = _kaspad.notes(
-            self.watch.state,
             comparison,
-            one_source=isinstance(self.sources, FixedSource),
             host=address.host if address else "",
+            one_source=isinstance(self.sources, FixedSource),
             sources_given=bool(self.settings.source),
+            join_problem=self.joiner.kaspad_problem if self.watch.state.up else None,
         )
         problem = getattr(self.sources, "problem", None)
         if problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 import sys
@@ -30,10 +31,11 @@ STOP_WAIT = 3.0
 """Seconds to wait for a bridge that said that it stops; it takes two at most."""
 
 _EXAMPLES = """
-kas-bridge run                                  in front of the kaspad on this machine
-kas-bridge run --peer /ip4/…/tcp/16117/p2p/…    and keep that peer connected
-kas-bridge peers                                who is joined
-kas-bridge demo                                 see it work, without a kaspad
+kas-bridge run                      in front of the kaspad on this machine
+kas-bridge run --peer MULTIADDR     and keep that peer connected
+kas-bridge peers                    who is joined
+kas-bridge why PEER                 how one is, or why not
+kas-bridge demo                     see it work, without a kaspad
 """
 
 app = App(
@@ -70,16 +72,17 @@ app.config = (_run_config,)
 
 
 def _fail(error: BaseException | str, code: int = FAILED) -> NoReturn:
-    text = Text(f"kas-bridge: {error}", style="bold")
+    out = views.console(error=True)
+    text = Text(views.wrapped(f"kas-bridge: {error}", out), style="bold")
     text.stylize("red", 0, 11)
-    views.console(error=True).print(text, soft_wrap=True)
+    out.print(text, soft_wrap=True)
     sys.exit(code)
 
 
 def _print(*lines: str) -> None:
     out = views.console()
     for line in lines:
-        out.print(Text(line), soft_wrap=True)
+        out.print(Text(views.wrapped(line, out)), soft_wrap=True)
 
 
 def _ask(data_dir: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -221,9 +224,9 @@ def ban(
     answer = _ask(data_dir, request)
 
     def show() -> None:
-        ended = views.plural(len(answer["ended"]), "connection was", "connections were")
         until = "for good" if forever else f"for {views.seconds(hours * 3600)}"
-        _print(f"{answer['target']} is banned {until}; {ended} ended.")
+        ended = f"; {views.plural(len(answer['ended']), 'peer')} ended" if answer["ended"] else ""
+        _print(f"{answer['target']} is banned {until}{ended}.")
 
     _tell(answer, json, show)
 
@@ -349,5 +352,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _words(error: cyclopts.CycloptsError) -> str:
+    match error:
+        case cyclopts.UnknownCommandError(unused_tokens=[unknown, *_]):
+            commands = [name for name in app if not name.startswith("-")]
+            close = difflib.get_close_matches(unknown, commands, n=1)
+            guess = f" (did you mean {close[0]}?)" if close else ""
+            return f"unknown command {unknown!r}{guess}; there are: {', '.join(commands)}"
+        case cyclopts.MissingArgumentError(command_chain=[command, *_], argument=argument) if argument is not None:
+            if argument.field_info.is_positional:
+                return f"{command} needs {argument.name.lstrip('-').upper()}"
     text = " ".join(str(error).split())
     return text[:1].lower() + text[1:].rstrip(".")

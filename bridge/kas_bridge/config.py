@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
+import math
 import os
 import re
 import tomllib
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from kas_libp2p.addresses import parse, parse_peer_id, peer_of
-from kas_libp2p.config import MIB, Config, DialConfig, Limits, YamuxConfig
+from kas_libp2p.config import MIB, Config, DialConfig, Limits, YamuxConfig, from_mapping
 from kas_libp2p.errors import AddressError, ConfigError
 
 ENVIRONMENT_PREFIX = "KAS_BRIDGE_"
@@ -33,6 +34,9 @@ DEFAULT_LISTENER_PORT = 16118
 SYNC_WINDOW = 32 * MIB
 """Bytes to which a stream's window may grow. A syncing kaspad asks for 99 blocks and waits for them: 25 MB if they are
 full. With a window below that, every such batch costs another round trip (at 200 ms: 40 instead of 52 MB/s)."""
+PATH_PROBE = 5.0
+"""Seconds of silence after which a connection is pinged. A path that hangs is found within these and
+`YamuxConfig.ping_timeout`, whatever a stream on it speaks; between bridges the message dialect finds it in five."""
 KASPAD_INBOUND_SLOTS = 128
 """kaspad's own default of ``--maxinpeers``. Above it kaspad evicts peers at random, and not only ours."""
 
@@ -61,10 +65,27 @@ class Network(StrEnum):
         return f"kaspa-{self.value}"
 
 
+Several = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
+"""A setting that may be given more than once; by default not at all."""
+
+
 def default_data_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """``$XDG_DATA_HOME/kas-bridge``, or ``~/.local/share/kas-bridge``."""
     base = environ.get("XDG_DATA_HOME", "")
     return (Path(base) if base.startswith("/") else Path("~/.local/share").expanduser()) / "kas-bridge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BridgeYamux(YamuxConfig):
+    """Stream multiplexing with the bridge's own defaults.
+
+    Attributes:
+        max_window: see `SYNC_WINDOW`.
+        keepalive: see `PATH_PROBE`.
+    """
+
+    max_window: int = SYNC_WINDOW
+    keepalive: float = PATH_PROBE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +98,11 @@ class Settings:
         network: the Kaspa network. Without it, the one of the kaspad that was found.
         rpc: kaspad's gRPC address, as host:port, or "off". It is only read: version, sync state and peers, for status.
             Without it the network's default port is tried.
-        source: addresses from which kaspad is dialed, one per peer: an IP or a network such as 127.0.0.0/8 (the
-            default for a kaspad on this host), or "one" for a single address. May be repeated.
-        listen: multiaddr to listen on for other bridges. May be repeated.
+        source: addresses from which kaspad is dialed, one per peer: an IP or a network such as 127.1.0.0/16
+            (the default for a kaspad on this host), or "one" for a single address. May be repeated.
+        listen: multiaddr to listen on for other bridges. May be repeated; --no-listen only dials.
         announce: multiaddr to tell others instead of those that are found. May be repeated.
-        peer: multiaddr of a peer to keep connected, ending in /p2p/<peer id>. May be repeated.
+        peer: multiaddr of a peer to keep connected, ending in /p2p/PEER_ID. May be repeated.
         allow: if given, only these peer ids and IP networks may connect. May be repeated.
         deny: peer id or IP network that may not connect. May be repeated.
         max_joined: how many overlay peers may be joined to kaspad at once. kaspad has 128 inbound slots by default and
@@ -102,12 +123,15 @@ class Settings:
     kaspad: str | None = None
     network: Network | None = None
     rpc: str | None = None
-    source: tuple[str, ...] = ()
-    listen: tuple[str, ...] = (f"/ip4/0.0.0.0/tcp/{DEFAULT_PORT}", f"/ip6/::/tcp/{DEFAULT_PORT}")
-    announce: tuple[str, ...] = ()
-    peer: tuple[str, ...] = ()
-    allow: tuple[str, ...] = ()
-    deny: tuple[str, ...] = ()
+    source: Several = ()
+    listen: Annotated[tuple[str, ...], Parameter(negative="--no-listen", show_default=", ".join)] = (
+        f"/ip4/0.0.0.0/tcp/{DEFAULT_PORT}",
+        f"/ip6/::/tcp/{DEFAULT_PORT}",
+    )
+    announce: Several = ()
+    peer: Several = ()
+    allow: Several = ()
+    deny: Several = ()
     max_joined: int = 64
     max_pending: int = 16
     max_pending_per_source: int = 2
@@ -117,9 +141,7 @@ class Settings:
     listener_port: int = DEFAULT_LISTENER_PORT
     limits: Annotated[Limits, Parameter(show=False)] = field(default_factory=Limits)
     dial: Annotated[DialConfig, Parameter(show=False)] = field(default_factory=DialConfig)
-    yamux: Annotated[YamuxConfig, Parameter(show=False)] = field(
-        default_factory=lambda: YamuxConfig(max_window=SYNC_WINDOW)
-    )
+    yamux: Annotated[BridgeYamux, Parameter(show=False)] = field(default_factory=BridgeYamux)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", self.data_dir.expanduser().absolute())
@@ -145,6 +167,8 @@ class Settings:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"--{name.replace('_', '-')} must be {low} to {high}, not {getattr(self, name)}")
+        for table, smallest in _SMALLEST.items():
+            _check_numbers(table, getattr(self, table), smallest)
 
     @property
     def key_file(self) -> Path:
@@ -168,6 +192,27 @@ class Settings:
             dial=self.dial,
             yamux=self.yamux,
         )
+
+
+_SMALLEST: dict[str, dict[str, float]] = {
+    "limits": {"max_inbound": 0},
+    "dial": {},
+    # The protocol grants every stream 256 KiB from the start.
+    "yamux": {"max_window": 256 * 1024, "max_memory": 256 * 1024, "send_high_water": 64 * 1024},
+}
+"""Least values in the tables of ``config.toml``, where they are not 1 for whole numbers and above 0 for seconds."""
+
+
+def _check_numbers(table: str, values: Limits | DialConfig | YamuxConfig, smallest: Mapping[str, float]) -> None:
+    for each in dataclasses.fields(values):
+        value = getattr(values, each.name)
+        name = f"{table}.{each.name.replace('_', '-')}"
+        if isinstance(value, int):
+            low = smallest.get(each.name, 1)
+            if value < low:
+                raise ConfigError(f"{name} must be {low} or more, not {value}")
+        elif not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be a number of seconds above 0, not {value:g}")
 
 
 def _check(parser: Any, value: str, name: str) -> Any:
@@ -252,7 +297,7 @@ def parse_sources(entries: tuple[str, ...]) -> tuple[ipaddress.IPv4Network | ipa
             found.append(ipaddress.ip_network(entry, strict=False))
         except ValueError:
             raise ConfigError(
-                f'--source must be an IP address, a network such as 127.0.0.0/8, or "one", not {entry!r}'
+                f'--source must be an IP address, a network such as 127.1.0.0/16, or "one", not {entry!r}'
             ) from None
     return tuple(found)
 
@@ -273,13 +318,17 @@ def parse_rate(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
+TABLES: dict[str, type] = {"limits": Limits, "dial": DialConfig, "yamux": BridgeYamux}
+"""Settings of the floors below, each group a table of ``config.toml``."""
+
+
 def setting_names(kind: type = Settings, prefix: str = "") -> list[str]:
     """Names of all settings as they stand in ``config.toml``; those of nested tables with a dot."""
     names = []
     for each in dataclasses.fields(kind):
         name = prefix + each.name.replace("_", "-")
-        nested = {"limits": Limits, "dial": DialConfig, "yamux": YamuxConfig}.get(each.name)
-        names += setting_names(nested, f"{name}.") if nested and kind is Settings else [name]
+        nested = TABLES.get(each.name) if kind is Settings else None
+        names += setting_names(nested, f"{name}.") if nested else [name]
     return names
 
 
@@ -287,7 +336,8 @@ def read_file(path: Path) -> dict[str, Any]:
     """Read ``config.toml`` strictly; a missing file is an empty one.
 
     Raises:
-        ConfigError: it can't be read, is no TOML, or holds an unknown name; the text names file and allowed names.
+        ConfigError: it can't be read, is no TOML, or holds an unknown name or a wrong value; the text names the file,
+            the setting and what is allowed.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -297,10 +347,17 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"can't read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid TOML: {error}") from error
-    allowed = [name for name in setting_names() if name != "data-dir"]
+    names = [name for name in setting_names() if name != "data-dir"]
     for name in _flat(values):
-        if name.replace("_", "-") not in allowed:
-            raise ConfigError(f"{path}: unknown setting {name}{_guess(name, allowed)}; allowed: {', '.join(allowed)}")
+        known = name.replace("_", "-")
+        if known not in names and known not in TABLES:
+            raise ConfigError(f"{path}: unknown setting {name}{_guess(name, names)}; allowed: {_allowed(name, names)}")
+    if isinstance(values.get("upload-limit"), int):
+        values["upload-limit"] = str(values["upload-limit"])
+    try:
+        from_mapping(Settings, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix('--')}") from None
     return values
 
 
@@ -310,12 +367,27 @@ def check_environment(environ: Mapping[str, str]) -> None:
     Raises:
         ConfigError: it is unknown; the text names it and the allowed ones.
     """
-    allowed = [ENVIRONMENT_PREFIX + re.sub(r"[-.]", "_", name).upper() for name in setting_names()]
+    names = {environment_name(name): name for name in setting_names()}
     for name in environ:
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in allowed:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in names:
+            allowed = ", ".join(variable for variable, setting in names.items() if "." not in setting)
             raise ConfigError(
-                f"unknown environment variable {name}{_guess(name, allowed)}; allowed: {', '.join(allowed)}"
+                f"unknown environment variable {name}{_guess(name, list(names))}; allowed: {allowed}, and one for each"
+                " setting of a table, such as KAS_BRIDGE_LIMITS_MAX_CONNECTIONS"
             )
+
+
+def environment_name(setting: str) -> str:
+    """The environment variable of a setting: ``KAS_BRIDGE_MAX_JOINED`` for ``max-joined``."""
+    return ENVIRONMENT_PREFIX + re.sub(r"[-.]", "_", setting).upper()
+
+
+def _allowed(name: str, names: list[str]) -> str:
+    """The names that may stand where an unknown one stands."""
+    table, dot, _ = name.partition(".")
+    if dot and table in TABLES:
+        return ", ".join(each for each in names if each.startswith(table + "."))
+    return ", ".join([*(each for each in names if "." not in each), *(f"the table {table}" for table in TABLES)])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -138,6 +138,8 @@ class KaspadWatch:
         self._open_facts = open_facts
         self._suspected = trio.Event()
         self._looked = trio.Event()
+        self._renewed = False
+        self._other_node = ""
         self.state = KaspadState()
         self.rpc: RpcFacts | None = None
         self.address: KaspadAddress | None = None
@@ -200,7 +202,7 @@ class KaspadWatch:
         self._set(state)
 
     async def _stay(self) -> None:
-        """Return when kaspad is no longer there."""
+        """Return when kaspad is no longer there, or is another one."""
         async with trio.open_nursery() as nursery:
             if not self._rpc_off:
                 nursery.start_soon(self._ask_rpc)
@@ -208,6 +210,9 @@ class KaspadWatch:
                 with trio.move_on_after(CHECK_EVERY):
                     await self._suspected.wait()
                 suspected, self._suspected = self._suspected.is_set(), trio.Event()
+                if self._renewed:
+                    self._renewed = False
+                    break
                 if (suspected or (not self._joined() and not self._rpc_answers())) and not await self._is_open():
                     break
             nursery.cancel_scope.cancel()
@@ -231,7 +236,7 @@ class KaspadWatch:
             try:
                 async with self._open_facts(host, port) as ask:
                     while True:
-                        self.rpc = await ask()
+                        self.rpc = self._of_our_kaspad(await ask())
                         await trio.sleep(CHECK_EVERY)
             except trio.TooSlowError:
                 problem = "no answer in time"
@@ -241,6 +246,19 @@ class KaspadWatch:
                 problem = str(error)
             self.rpc = RpcFacts(format_endpoint(host, port), problem)
             await trio.sleep(RPC_RETRY)
+
+    def _of_our_kaspad(self, facts: RpcFacts) -> RpcFacts:
+        """Facts of another node than the one whose peers we are would mislead.
+
+        Either kaspad was started again, with a new id, and is looked at again; or it is another kaspad's RPC.
+        """
+        if facts.problem or facts.node_id == self.state.node_id:
+            return facts
+        if facts.node_id != self._other_node:
+            self._other_node = facts.node_id
+            self._renewed = True
+            self.suspect()
+        return RpcFacts(facts.address, f"another kaspad answers there, on {facts.network}; say which with --rpc")
 
     def _set(self, state: KaspadState) -> None:
         old, self.state = self.state, state

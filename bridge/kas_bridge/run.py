@@ -83,7 +83,7 @@ class _Show:
     async def run(self, events: Subscription) -> None:
         with trio.move_on_after(FIRST_LOOK):
             await self._bridge.watch.wait_looked()
-        _line(*views.startup(self._bridge.status()))
+        _tell(*views.startup(self._bridge.status()))
         shown_at = time.time()
         async for event in events:
             values: dict[str, Any] = json.loads(encode(event_values(event)))
@@ -97,7 +97,7 @@ class _Show:
                 continue
             line = views.event_line(values, verbose=self._verbose)
             if line is not None:
-                _line(line)
+                _tell(line)
 
     def _known(self, peer: str, problem: str) -> bool:
         """Whether the last attempt at this peer failed for the same reason: said once, it is known."""
@@ -114,6 +114,12 @@ class _ShowJson:
     async def run(self, events: Subscription) -> None:
         async for event in events:
             _line(encode(event_values(event)).decode().rstrip())
+
+
+def _tell(*lines: str) -> None:
+    """Print for people, within the width of their terminal."""
+    out = views.console()
+    _line(*(views.wrapped(line, out) for line in lines))
 
 
 def _line(*lines: str) -> None:

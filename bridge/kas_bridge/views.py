@@ -6,6 +6,8 @@ Everything here takes plain values as the control socket gives them, so that ``k
 
 from __future__ import annotations
 
+import re
+import textwrap
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,6 +33,30 @@ def console(*, error: bool = False) -> Console:
     if not made.is_terminal:
         made.width = 240
     return made
+
+
+_LABEL = re.compile(r"  (?:\S+ +|\s+)(?<=^.{12})|\d\d:\d\d:\d\d  |  ")
+"""What stands before the text of a line: a label of `labelled`, the time of an event, or an indent."""
+
+
+def wrapped(line: str, out: Console) -> str:
+    """A line as it fits into a terminal, continued under the beginning of its text.
+
+    What others copy, such as an address, is never cut; what goes into a file or a pipe stays one line.
+    """
+    if not out.is_terminal or len(line) <= out.width:
+        return line
+    label = _LABEL.match(line)
+    kept = label.end() if label is not None else 0
+    parts = textwrap.wrap(
+        line[kept:],
+        out.width,
+        initial_indent=" " * kept,
+        subsequent_indent=" " * kept,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return line[:kept] + "\n".join(parts)[kept:]
 
 
 # -- Names ------------------------------------------------------------------------------------------------------------
@@ -61,7 +87,7 @@ def kaspad_line(kaspad: Values, *, first: bool = True) -> list[str]:
         if rpc and rpc["synced"] is not None:
             line += ", synced" if rpc["synced"] else ", not synced yet"
         if first and not kaspad["problem"]:
-            line += " (its flags are fine as they are)"
+            line += "; its flags are fine as they are"
         lines = [line]
         if kaspad["problem"]:
             lines += [f"but {kaspad['problem']}", f"what helps: {kaspad['help']}"]
@@ -167,9 +193,9 @@ def _event_text(event: Values, verbose: bool) -> str | None:
         case "trouble":
             return f"a fault of ours in {event['where']}: {event['reason']}"
         case "limit-hit":
-            return f"{peer or event['address']}  refused: {event['reason']} is reached"
+            return f"{peer or event['address']}  refused: {_refusal(event['reason'])}"
         case "inbound-refused":
-            return f"{event['address']}  refused: {event['reason']}"
+            return f"{event['address']}  refused: {_refusal(event['reason'])}"
         case "bridge-stopping":
             return f"stopping {event['reason']}".rstrip()
         case "events-lost":
@@ -232,6 +258,15 @@ def ended_words(reason: str, by: str, text: str) -> str:
         case known:
             head = _ENDS.get(known, str(reason))
     return head if not text or text in _NOISE or text == reason else f"{head} ({text})"
+
+
+_LISTS = {"policy": "banned", "deny": "on the deny list", "allow": "not on the allow list"}
+_LIMITS = {"one_kaspa_stream": "it has a Kaspa stream already", "source addresses": "every source address is in use"}
+
+
+def _refusal(limit: str) -> str:
+    """Why a connection or stream was refused, from the name of the list or limit."""
+    return _LISTS.get(limit) or _LIMITS.get(limit) or f"the limit {limit.replace('_', '-')} is reached"
 
 
 def _path_of(path: Any) -> str:
@@ -305,6 +340,8 @@ def status(values: Values) -> list[str]:
         *labelled("up", [f"{seconds(values['uptime_s'])}, process {values['pid']}"]),
         *labelled("kaspad", kaspad_line(values["kaspad"], first=False)),
     ]
+    if values["kaspad"]["node_id"]:
+        lines += labelled("node", [f"{values['kaspad']['node_id']} (new at each start of kaspad)"])
     rpc = values["kaspad"]["rpc"]
     if rpc is not None:
         told = f"read at {rpc['address']}: {plural(rpc['peers'], 'peer')}" if not rpc["problem"] else ""
@@ -326,7 +363,10 @@ def status(values: Values) -> list[str]:
         lines += labelled("bans", [_ban_line(ban) for ban in values["bans"]])
     hits = {name: count for name, count in values["limit_hits"].items() if count}
     if hits:
-        lines += labelled("refused", [", ".join(f"{name} {plural(count, 'time')}" for name, count in hits.items())])
+        refused = [
+            f"{_LISTS.get(name, name.replace('_', '-'))} {plural(times, 'time')}" for name, times in hits.items()
+        ]
+        lines += labelled("refused", [", ".join(refused)])
     if values["ends"]:
         ends = sorted(values["ends"].items(), key=lambda item: -item[1])
         lines += labelled("ended", [", ".join(f"{reason} {plural(count, 'time')}" for reason, count in ends)])
