@@ -5,39 +5,38 @@ Rules:
 - Prior knowledge: no upgrade, no TLS. One request per connection, ``POST`` to one path; any further stream is refused.
 - A server answers with its headers at once, since kaspad as client waits for them before it says anything.
 - A message is a flag, four bytes of length, and its bytes. An uncompressed one passes in pieces as it arrives; a
-  compressed one is collected and unpacked whole, as only then its size is known. Its size is capped before and after.
-- What was received is granted again only while little of it waits to be read, so a reader that does not read stops the
-  peer after one window, and never the connection's pings.
+  compressed one is collected and unpacked by steps, as only its end tells its size, which has to be said first. Its
+  size is capped before and after.
+- Messages are cut and unpacked as they are taken, one batch ahead. What was not cut is not granted again, so a reader
+  that does not read stops the peer after one window, and never the connection's pings.
 - A stream ends in order with trailers that say status 0; every other end is an error with its reason.
 
-Sources: RFC 9113, gRPC over HTTP2 (``PROTOCOL-HTTP2.md``), and what kaspad 2.1.0 does on the wire.
+Sources: gRPC over HTTP2 (``PROTOCOL-HTTP2.md``), and what kaspad 2.1.0 does on the wire.
 """
 
 from __future__ import annotations
 
+import struct
 import zlib
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import (
-    ConnectionTerminated,
-    DataReceived,
-    PingAckReceived,
-    RequestReceived,
-    ResponseReceived,
-    StreamEnded,
-    StreamReset,
-    TrailersReceived,
-)
-from h2.exceptions import H2Error, StreamClosedError
-from h2.settings import SettingCodes, Settings
 
 from kas_libp2p.errors import ConnectionLost, GrpcError, KasError, LocalProtocolError, RemoteProtocolError
+from kas_libp2p.kaspa._gunzip import Unpacker
+from kas_libp2p.kaspa._http2 import (
+    Broken,
+    Ended,
+    GoneAway,
+    Happening,
+    HeadersCame,
+    Http2,
+    PingAnswered,
+    Reset,
+    TrailersCame,
+)
 from kas_libp2p.kaspa.channel import BATCH, MAX_MESSAGE, Piece
 
 KIB, MIB = 1024, 1024 * 1024
@@ -47,6 +46,10 @@ RPC_PATH = "/protowire.RPC/MessageStream"
 
 PREFIX = 5
 """Bytes before each message: a flag (1 = compressed) and the length."""
+PIECE_COST = 256
+"""Bytes that a piece costs beside its data: so tiny messages make no huge batches."""
+JOINED = 16 * KIB
+"""Pieces below this are joined before they are queued; copying larger ones once more would cost more than it saves."""
 GZIP_LEVEL = 1
 """What is won by higher levels on Kaspa's messages, which are mostly hashes and signatures, is not worth their time."""
 GZIP_WORTHWHILE = 128
@@ -56,6 +59,8 @@ MAX_REASON = 256
 
 OK, CANCELLED, UNKNOWN, UNIMPLEMENTED, INTERNAL = 0, 1, 2, 12, 13
 """gRPC status codes that are used here."""
+
+_PREFIX = struct.Struct(">BI")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,58 +103,39 @@ class GrpcMachine:
 
     Attributes:
         error: why it ended other than in order, or ``None``.
-        ended: whether the peer ended its side in order.
         accepted: whether the call stands: the request was seen, or the response's headers.
-        queued: bytes given to `send` that are not in `data_to_send` yet.
-        waiting: bytes received and not taken yet.
-        granted: set when there is a window update to send; cleared by `data_to_send`.
+        busy: whether `take` has more to do without any more bytes.
     """
 
     def __init__(self, *, client: bool, settings: GrpcSettings, now: float) -> None:
         self.client = client
         self.settings = settings
         self.error: KasError | None = None
-        self.ended = False
         self.accepted = False
-        self.queued = 0
-        self.waiting = 0
-        self.granted = False
+        self.busy = False
         self._last_heard = now
         self._ping_sent: float | None = None
-        self._pieces: deque[Piece] = deque()
-        self._ungranted = 0
-        self._outgoing: deque[memoryview] = deque()
+        self._peer_ended = False
         self._eof_queued = False
-        self._eof_sent = False
-        self._goodbye = False
-        self._trailers = (OK, "")
         self._gzip_out = False
+        # Cut ahead.
+        self._pieces: list[Piece] = []
+        # The message that is being received: what is there of its prefix ...
         self._prefix = b""
+        # ... or its size and what is missing of it, and its bytes if they are compressed.
+        self._size = 0
         self._remaining = 0
         self._fresh = False
-        self._size = 0
-        self._compressed: bytearray | None = None
-        self._stream_id = 1
-        self._open = False
-        connection = H2Connection(
-            H2Configuration(client_side=client, header_encoding="utf-8", validate_outbound_headers=False)
+        self._packed: bytearray | None = None
+        self._unpacker: Unpacker | None = None
+        self._http2 = Http2(
+            client=client,
+            stream_window=settings.stream_window,
+            connection_window=settings.connection_window,
+            max_frame=settings.max_frame,
+            max_header_list=settings.max_header_list,
+            now=now,
         )
-        values: dict[SettingCodes, int] = {
-            SettingCodes.INITIAL_WINDOW_SIZE: settings.stream_window,
-            SettingCodes.MAX_FRAME_SIZE: min(max(settings.max_frame, 16 * KIB), 16 * MIB - 1),
-            SettingCodes.MAX_HEADER_LIST_SIZE: settings.max_header_list,
-        }
-        if client:
-            values[SettingCodes.ENABLE_PUSH] = 0
-        else:
-            values[SettingCodes.MAX_CONCURRENT_STREAMS] = 1
-        connection.local_settings = Settings(client=client, initial_values=values)
-        connection.max_inbound_frame_size = values[SettingCodes.MAX_FRAME_SIZE]
-        self._h2 = connection
-        connection.initiate_connection()
-        extra = max(settings.connection_window, settings.stream_window) - 65535
-        if extra > 0:
-            connection.increment_flow_control_window(extra)
         if client:
             self._request()
 
@@ -167,8 +153,7 @@ class GrpcMachine:
         if settings.gzip:
             headers += [("grpc-encoding", "gzip"), ("grpc-accept-encoding", "gzip,identity")]
             self._gzip_out = True
-        self._h2.send_headers(self._stream_id, headers)
-        self._open = True
+        self._http2.open(headers)
 
     @property
     def failed(self) -> bool:
@@ -178,84 +163,72 @@ class GrpcMachine:
     # Receiving
 
     def receive(self, data: bytes | bytearray | memoryview, now: float) -> None:
-        """Take in bytes from the peer; empty ones mean that the stream under us ended. Never raises: see ``error``."""
+        """Take in bytes from the peer; empty ones mean that the stream under us ended. Never raises: see ``error``.
+
+        Args:
+            data: stays as it is from now on; pieces are views of it.
+        """
         if self.error is not None:
             return
         self._last_heard = now
         if not data:
             self._fail(ConnectionLost("the peer closed the connection"))
             return
-        try:
-            for event in self._h2.receive_data(bytes(data)):
-                self._handle(event)
-                if self.failed:
-                    return
-        except (H2Error, UnicodeDecodeError) as error:
-            self._fail(RemoteProtocolError(f"HTTP/2: {_words(error)}"))
-        except RemoteProtocolError as error:
-            self._fail(error)
-        self._grant()
+        for happening in self._http2.receive(data, now):
+            if self.error is None:
+                self._handle(happening)
+        if not self._pieces:
+            self._pieces = self._cut(BATCH)
 
-    def _handle(self, event: object) -> None:
-        match event:
-            case DataReceived():
-                if event.stream_id == self._stream_id and self.accepted:
-                    self._ungranted += event.flow_controlled_length or 0
-                    self._cut(event.data or b"")
-                elif event.flow_controlled_length:
-                    self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-            case RequestReceived():
-                self._requested(event.stream_id, _headers(event.headers))
-            case ResponseReceived() if event.stream_id == self._stream_id:
-                self._responded(_headers(event.headers))
-            case TrailersReceived() if event.stream_id == self._stream_id:
-                self._status(_headers(event.headers))
-            case StreamEnded() if event.stream_id == self._stream_id:
-                if self._prefix or self._remaining:
-                    raise RemoteProtocolError("the peer ended its side in the middle of a message")
-                self.ended = True
-            case StreamReset() if event.stream_id == self._stream_id:
-                if not self.ended:
-                    code = event.error_code
-                    name = ErrorCodes(code).name if code in set(ErrorCodes) else f"{code:#x}"
-                    self._fail(ConnectionLost(f"the peer cancelled the call (HTTP/2 {name})"))
-            case ConnectionTerminated():
-                if event.error_code and not self.ended:
-                    detail = (event.additional_data or b"")[:MAX_REASON].decode("ascii", "replace")
-                    self._fail(
-                        ConnectionLost(f"the peer ended HTTP/2 with code {int(event.error_code)} {detail}".strip())
-                    )
-            case PingAckReceived():
+    def _handle(self, happening: Happening) -> None:
+        match happening:
+            case HeadersCame(headers):
+                if self.client:
+                    self._responded(headers)
+                else:
+                    self._requested(headers)
+            case TrailersCame(headers):
+                self._status(headers)
+            case Ended():
+                self._peer_ended = True
+            case Reset(code) if not self._peer_ended:
+                name = ErrorCodes(code).name if code in set(ErrorCodes) else f"{code:#x}"
+                self._fail(ConnectionLost(f"the peer cancelled the call (HTTP/2 {name})"))
+            case GoneAway(code, last, detail) if not self._peer_ended:
+                if code:
+                    self._fail(ConnectionLost(f"the peer ended HTTP/2 with code {code} {detail}".strip()))
+                elif self.client and last < self._http2.stream_id:
+                    self._fail(ConnectionLost("the peer is leaving and did not take up the call"))
+            case PingAnswered():
                 self._ping_sent = None
+            case Broken(error):
+                self._fail(error)
 
-    def _requested(self, stream_id: int, headers: dict[str, str]) -> None:
-        if self._open:
-            self._h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
-            return
+    def _requested(self, headers: dict[str, str]) -> None:
         if headers.get(":method") != "POST" or headers.get(":path") != self.settings.path:
-            self._refuse(stream_id, f"there is no {headers.get(':path', '')[:MAX_REASON]} here")
+            self._refuse(f"there is no {headers.get(':path', '')[:MAX_REASON]} here")
             return
         if not headers.get("content-type", "").startswith("application/grpc"):
-            self._refuse(stream_id, "this is no gRPC")
+            self._refuse("this is no gRPC")
             return
-        self._stream_id = stream_id
-        self._open = self.accepted = True
+        self.accepted = True
         response = [(":status", "200"), ("content-type", "application/grpc")]
         if "gzip" in headers.get("grpc-accept-encoding", "") and self.settings.gzip:
             response.append(("grpc-encoding", "gzip"))
             self._gzip_out = True
         response.append(("grpc-accept-encoding", "gzip,identity"))
-        self._h2.send_headers(stream_id, response)
+        self._http2.accept(response)
 
-    def _refuse(self, stream_id: int, why: str) -> None:
-        headers = [
-            (":status", "200"),
-            ("content-type", "application/grpc"),
-            ("grpc-status", str(UNIMPLEMENTED)),
-            ("grpc-message", quote(why)),
-        ]
-        self._h2.send_headers(stream_id, headers, end_stream=True)
-        raise RemoteProtocolError(f"HTTP/2: {why}")
+    def _refuse(self, why: str) -> None:
+        self._http2.refuse(
+            [
+                (":status", "200"),
+                ("content-type", "application/grpc"),
+                ("grpc-status", str(UNIMPLEMENTED)),
+                ("grpc-message", quote(why)),
+            ]
+        )
+        self._fail(RemoteProtocolError(f"HTTP/2: {why}"))
 
     def _responded(self, headers: dict[str, str]) -> None:
         status = headers.get(":status")
@@ -264,7 +237,7 @@ class GrpcMachine:
         elif status != "200":
             self._fail(GrpcError(UNKNOWN, f"HTTP status {status}"))
         elif not headers.get("content-type", "").startswith("application/grpc"):
-            raise RemoteProtocolError("HTTP/2: the answer is no gRPC")
+            self._fail(RemoteProtocolError("HTTP/2: the answer is no gRPC"))
         else:
             self.accepted = True
 
@@ -275,32 +248,70 @@ class GrpcMachine:
             message = unquote(headers.get("grpc-message", ""), errors="replace")[:MAX_REASON]
             self._fail(GrpcError(status, message))
 
-    def _cut(self, data: bytes) -> None:
-        """Cut received bytes into pieces."""
-        position, end = 0, len(data)
-        view = memoryview(data)
-        while position < end:
-            if not self._remaining:
-                head = self._prefix + data[position : position + PREFIX - len(self._prefix)]
-                position += len(head) - len(self._prefix)
-                if len(head) < PREFIX:
-                    self._prefix = head
-                    return
-                self._prefix = b""
-                self._begin(head[0], int.from_bytes(head[1:], "big"))
-                continue
-            part = view[position : position + self._remaining]
-            position += len(part)
-            first = self._fresh
-            self._fresh = False
-            self._remaining -= len(part)
-            if self._compressed is not None:
-                self._compressed += part
-                if not self._remaining:
-                    packed, self._compressed = self._compressed, None
-                    self._add_whole(self._unpack(packed))
+    def _cut(self, limit: int) -> list[Piece]:
+        """Cut received bytes into pieces: about ``limit`` bytes of them, or as much work without any."""
+        pieces: list[Piece] = []
+        self.busy = False
+        try:
+            while limit > 0:
+                if self._unpacker is not None:
+                    limit -= self._unpack(self._unpacker, pieces, limit)
+                elif self._http2.inbox:
+                    limit -= self._cut_chunk(pieces, limit)
+                else:
+                    break
             else:
-                self._add(Piece(part, self._remaining, first, self._size))
+                self.busy = True
+            if not self.busy and self._peer_ended and (self._prefix or self._remaining):
+                raise RemoteProtocolError("the peer ended its side in the middle of a message")
+        except RemoteProtocolError as error:
+            self._fail(error)
+            self._http2.inbox.clear()
+            self._unpacker = None
+            self._http2.close(ErrorCodes.PROTOCOL_ERROR)
+        return pieces
+
+    def _cut_chunk(self, pieces: list[Piece], limit: int) -> int:
+        """Cut the first chunk of the inbox. Returns what it cost."""
+        inbox = self._http2.inbox
+        view = memoryview(inbox.popleft())
+        position, end, left = 0, len(view), limit
+        while position < end and left > 0 and self._unpacker is None:
+            if self._remaining:
+                data = view[position : position + self._remaining]
+                length = len(data)
+                position += length
+                self._remaining -= length
+                if self._packed is not None:
+                    self._packed += data
+                    left -= length
+                    if not self._remaining:
+                        self._unpacker = Unpacker(self._packed, self.settings.max_message)
+                        self._packed = None
+                else:
+                    pieces.append(Piece(data, self._remaining, self._fresh, self._size))
+                    left -= length + PIECE_COST
+                    self._fresh = False
+                continue
+            if not self._prefix and end - position >= PREFIX:
+                flag, size = _PREFIX.unpack_from(view, position)
+                position += PREFIX
+            else:
+                part = view[position : position + PREFIX - len(self._prefix)]
+                position += len(part)
+                self._prefix += part
+                if len(self._prefix) < PREFIX:
+                    break
+                flag, size = _PREFIX.unpack(self._prefix)
+                self._prefix = b""
+            self._begin(flag, size)
+            if not size:
+                pieces.append(Piece(b"", 0, True, 0))
+                left -= PIECE_COST
+        self._http2.consumed(position)
+        if position < end:
+            inbox.appendleft(view[position:])
+        return limit - left
 
     def _begin(self, flag: int, size: int) -> None:
         if flag > 1:
@@ -309,70 +320,48 @@ class GrpcMachine:
             raise RemoteProtocolError(
                 f"gRPC: a message of {size} bytes, at most {self.settings.max_message} are allowed"
             )
+        if flag:
+            if not size:
+                raise RemoteProtocolError("gRPC: an empty message is said to be compressed")
+            self._packed = bytearray()
         self._remaining = self._size = size
         self._fresh = True
-        self._compressed = bytearray() if flag else None
-        if not size:
-            if flag:
-                raise RemoteProtocolError("gRPC: an empty message is said to be compressed")
-            self._add(Piece(b"", 0, True, 0))
 
-    def _unpack(self, packed: bytearray) -> bytes:
-        unpacker = zlib.decompressobj(wbits=31)
-        limit = self.settings.max_message
-        try:
-            data = unpacker.decompress(packed, limit + 1)
-        except zlib.error as error:
-            raise RemoteProtocolError(f"gRPC: a compressed message is damaged: {error}") from error
-        if len(data) > limit:
-            raise RemoteProtocolError(f"gRPC: a compressed message unpacks to more than {limit} bytes")
-        if not unpacker.eof or unpacker.unused_data:
-            raise RemoteProtocolError("gRPC: a compressed message is cut short")
-        return data
-
-    def _add_whole(self, message: bytes) -> None:
-        size = len(message)
-        if size <= BATCH:
-            self._add(Piece(message, 0, True, size))
-            return
-        view = memoryview(message)
-        for start in range(0, size, BATCH):
-            data = view[start : start + BATCH]
-            self._add(Piece(data, size - start - len(data), start == 0, size))
-
-    def _add(self, piece: Piece) -> None:
-        self._pieces.append(piece)
-        self.waiting += len(piece.data)
+    def _unpack(self, unpacker: Unpacker, pieces: list[Piece], limit: int) -> int:
+        """Do a step of unpacking. Returns what it cost."""
+        piece = unpacker.step(limit)
+        if piece is None:
+            return unpacker.cost
+        pieces.append(piece)
+        if not piece.remaining:
+            self._unpacker = None
+        return unpacker.cost + len(piece.data) + PIECE_COST
 
     @property
-    def readable(self) -> bool:
-        """Whether a piece waits; an empty message is one."""
-        return bool(self._pieces)
+    def waiting(self) -> int:
+        """Bytes received and not taken yet, of messages that are there in part or whole."""
+        return sum(len(piece.data) for piece in self._pieces) + self._http2.waiting
+
+    @property
+    def ended(self) -> bool:
+        """Whether the peer ended its side in order, and everything was taken."""
+        left = self._pieces or self.busy or self._http2.inbox or self._prefix or self._remaining
+        return self._peer_ended and not left
 
     def take(self, limit: int) -> list[Piece]:
-        """The pieces that wait, at most about ``limit`` bytes of them; what is taken is granted to the peer again."""
-        pieces: list[Piece] = []
-        while self._pieces and limit > 0:
-            piece = self._pieces.popleft()
-            pieces.append(piece)
-            limit -= len(piece.data)
-            self.waiting -= len(piece.data)
-        self._grant()
-        return pieces
+        """The pieces that wait, about ``limit`` bytes of them; what is taken is granted to the peer again.
 
-    def _grant(self) -> None:
-        # A message that is being collected can't be taken, so its bytes are granted whatever waits.
-        if self._ungranted and (self.waiting < BATCH or self._compressed is not None) and self.error is None:
-            count, self._ungranted = self._ungranted, 0
-            self.granted = True
-            try:
-                self._h2.acknowledge_received_data(count, self._stream_id)
-            except StreamClosedError:
-                pass
-            except H2Error as error:
-                self._fail(RemoteProtocolError(f"HTTP/2: {_words(error)}"))
+        It gives none while it is ``busy`` with a compressed message: call it again.
+        """
+        pieces, self._pieces = self._pieces, []
+        return pieces or self._cut(limit)
 
     # Sending
+
+    @property
+    def queued(self) -> int:
+        """Bytes given to `send` that are not in `data_to_send` yet."""
+        return self._http2.queued
 
     def send(self, pieces: Sequence[Piece]) -> None:
         """Queue pieces.
@@ -385,22 +374,25 @@ class GrpcMachine:
             raise self.error
         if self._eof_queued:
             raise LocalProtocolError("this side was ended")
-        outgoing = self._outgoing
+        parts: list[bytes | memoryview] = []
         for data, _, first, size in pieces:
             if first:
+                flag = 0
                 if self._gzip_out and len(data) == size and size >= GZIP_WORTHWHILE:
                     data = zlib.compress(data, GZIP_LEVEL, 31)
-                    head = b"\1" + len(data).to_bytes(4, "big")
-                else:
-                    head = b"\0" + size.to_bytes(4, "big")
-                if len(data) < 16 * KIB:
-                    data = head + data
-                else:
-                    outgoing.append(memoryview(head))
-                    self.queued += PREFIX
-            if data:
-                outgoing.append(memoryview(data))
-                self.queued += len(data)
+                    flag, size = 1, len(data)
+                parts.append(_PREFIX.pack(flag, size))
+            if len(data) < JOINED:
+                parts.append(data)
+            else:
+                self._queue(parts)
+                self._http2.send(data)
+        self._queue(parts)
+
+    def _queue(self, parts: list[bytes | memoryview]) -> None:
+        if parts:
+            self._http2.send(b"".join(parts))
+            parts.clear()
 
     def send_eof(self, status: int = OK, message: str = "") -> None:
         """Say after what is queued that nothing more comes.
@@ -408,73 +400,30 @@ class GrpcMachine:
         Args:
             status, message: as server, what the trailers say.
         """
-        if not self._eof_queued:
-            self._eof_queued = True
-            self._trailers = (status, message)
+        if self._eof_queued:
+            return
+        self._eof_queued = True
+        if self.client:
+            self._http2.end(None)
+            return
+        trailers = [("grpc-status", str(status))]
+        if message:
+            trailers.append(("grpc-message", quote(message[:MAX_REASON])))
+        self._http2.end(trailers)
+
+    @property
+    def sendable(self) -> bool:
+        """Whether `data_to_send` would give something."""
+        return self._http2.sendable
 
     def data_to_send(self, limit: int) -> bytes:
-        """Bytes for the peer: control frames, and about ``limit`` bytes of messages as its windows allow."""
-        self.granted = False
-        try:
-            if self._open and self.error is None:
-                self._fill(limit)
-        except H2Error as error:  # the stream was reset or ended under us; what was queued can't leave
-            if self.error is None and not self.ended:
-                self._fail(ConnectionLost(f"HTTP/2: {_words(error)}"))
-            self._drop_outgoing()
-        return self._h2.data_to_send()
-
-    def _fill(self, limit: int) -> None:
-        h2, stream_id, outgoing = self._h2, self._stream_id, self._outgoing
-        if self._eof_sent:
-            return
-        if outgoing:
-            window = min(h2.local_flow_control_window(stream_id), limit)
-            frame_size = h2.max_outbound_frame_size
-            while outgoing and window > 0:
-                size = min(window, frame_size)
-                frame = self._gather(size)
-                h2.send_data(stream_id, frame)
-                window -= len(frame)
-                self.queued -= len(frame)
-        if self._eof_queued and not outgoing:
-            self._eof_sent = True
-            if self.client:
-                h2.end_stream(stream_id)
-            else:
-                status, message = self._trailers
-                trailers = [("grpc-status", str(status))]
-                if message:
-                    trailers.append(("grpc-message", quote(message[:MAX_REASON])))
-                h2.send_headers(stream_id, trailers, end_stream=True)
-
-    def _gather(self, size: int) -> bytes:
-        outgoing = self._outgoing
-        head = outgoing[0]
-        if len(head) >= size:
-            if len(head) == size:
-                outgoing.popleft()
-            else:
-                outgoing[0] = head[size:]
-            return bytes(head[:size])
-        parts = []
-        while outgoing and size > 0:
-            head = outgoing.popleft()
-            if len(head) > size:
-                outgoing.appendleft(head[size:])
-                head = head[:size]
-            parts.append(head)
-            size -= len(head)
-        return b"".join(parts)
-
-    def _drop_outgoing(self) -> None:
-        self._outgoing.clear()
-        self.queued = 0
+        """Bytes for the peer: control frames, and up to ``limit`` bytes of messages as its windows allow."""
+        return self._http2.data_to_send(limit)
 
     @property
     def finished(self) -> bool:
         """Whether all that was queued, and the end, has been given to `data_to_send`."""
-        return self._eof_sent
+        return self._http2.finished
 
     # Time and ends
 
@@ -497,20 +446,13 @@ class GrpcMachine:
             self._fail(ConnectionLost(f"no answer to an HTTP/2 ping within {self.settings.keepalive_timeout:g} s"))
             return
         self._ping_sent = now
-        self._h2.ping(b"kas-ping")
+        self._http2.ping()
 
     def close(self) -> None:
         """Say that the connection ends, once. What is queued is dropped if the end was not queued before."""
-        if self._goodbye:
-            return
-        self._goodbye = True
-        try:
-            if self._open and not (self._eof_sent and self.ended) and self.error is None:
-                self._h2.reset_stream(self._stream_id, ErrorCodes.CANCEL if self.client else ErrorCodes.NO_ERROR)
-            self._h2.close_connection()
-        except H2Error:
-            pass  # it is over already
-        self._drop_outgoing()
+        if not (self.finished and self._peer_ended) and self.error is None:
+            self._http2.reset(ErrorCodes.CANCEL if self.client else ErrorCodes.NO_ERROR)
+        self._http2.close()
 
     def lose(self, error: KasError) -> None:
         """The stream under us is gone."""
@@ -519,13 +461,4 @@ class GrpcMachine:
     def _fail(self, error: KasError) -> None:
         if self.error is None:
             self.error = error
-            self._drop_outgoing()
-
-
-def _headers(headers: Iterable[tuple[str | bytes, str | bytes]] | None) -> dict[str, str]:
-    # They are text by our configuration; the library's types can't tell.
-    return {str(name): str(value) for name, value in headers or ()}
-
-
-def _words(error: BaseException) -> str:
-    return str(error)[:MAX_REASON] or type(error).__name__
+            self._http2.abandon()

@@ -69,21 +69,22 @@ class GrpcChannel(MessageChannel):
     async def _receive_batch(self) -> list[Piece]:
         await trio.lowlevel.checkpoint_if_cancelled()
         machine = self._machine
-        while not machine.readable:
-            if machine.ended:
-                return []
-            if machine.error is not None:
+        while True:
+            pieces = machine.take(BATCH)
+            self._kick_writer()  # taking gives windows back, and finds faults
+            if pieces or machine.ended:
+                return pieces
+            if machine.busy:
+                await trio.lowlevel.checkpoint()  # a large message is being unpacked
+            elif machine.error is not None:
                 raise machine.error
-            await self._readers.park()
-        pieces = machine.take(BATCH)
-        if machine.granted:
-            self._kick.set()
-        return pieces
+            else:
+                await self._readers.park()
 
     async def _send_batch(self, pieces: Sequence[Piece]) -> None:
         machine = self._machine
         machine.send(pieces)
-        self._kick.set()
+        self._kick_writer()
         await trio.lowlevel.checkpoint_if_cancelled()
         while machine.queued > HIGH_WATER:
             await self._writers.park()
@@ -141,7 +142,10 @@ class GrpcChannel(MessageChannel):
                 return
             machine.receive(data, trio.current_time())
             self._readers.unpark_all()
-            self._kick.set()
+            self._kick_writer()
+            if machine.finished:
+                self._writers.unpark_all()  # the stream is over, and what they wait for with it
+        self._wake_all()
 
     async def _write(self) -> None:
         machine, stream = self._machine, self._stream
@@ -166,6 +170,10 @@ class GrpcChannel(MessageChannel):
             self._flushed.set()
             if machine.error is not None:
                 self._scope.cancel()  # the reader may wait for a peer that is silent
+
+    def _kick_writer(self) -> None:
+        if self._machine.sendable:
+            self._kick.set()
 
     def _lose(self, error: Exception) -> None:
         self._machine.lose(error if isinstance(error, KasError) else ConnectionLost("the connection broke"))
