@@ -103,11 +103,18 @@ async def connected(
 
 
 class Foreign:
-    """A peer that speaks Noise but whatever it likes behind it: raw plaintext in and out, on bob's end."""
+    """A peer, bob if nobody else, that speaks Noise but whatever it likes behind it: raw plaintext in and out."""
 
-    def __init__(self, raw: MemoryRaw, *, initiator: bool = False, muxers: tuple[str, ...] = ("/yamux/1.0.0",)) -> None:
+    def __init__(
+        self,
+        raw: MemoryRaw,
+        *,
+        initiator: bool = False,
+        muxers: tuple[str, ...] = ("/yamux/1.0.0",),
+        identity: Identity = BOB,
+    ) -> None:
         self.raw = raw
-        self._handshake = Handshake(BOB, initiator=initiator, muxers=muxers)
+        self._handshake = Handshake(identity, initiator=initiator, muxers=muxers)
         self._held = bytearray()
 
     async def read_exactly(self, count: int) -> bytes:
@@ -123,6 +130,15 @@ class Foreign:
 
     async def read_message(self) -> bytes:
         return await self.read_exactly(int.from_bytes(await self.read_exactly(2), "big"))
+
+    async def shake_first(self) -> None:
+        """As the initiator, with everything that can leave together."""
+        greeting = b"\x13/multistream/1.0.0\n\x07/noise\n"
+        await self.raw.send_all(greeting + self._handshake.write())
+        await self.read_exactly(len(greeting))
+        self._handshake.read(await self.read_message())
+        await self.raw.send_all(self._handshake.write())
+        self.secured = self._handshake.secured()
 
     async def shake(self, *, answer: bytes = b"\x13/multistream/1.0.0\n\x07/noise\n") -> None:
         """As the responder, one step after the other."""
