@@ -220,7 +220,7 @@ class PeerMisbehaved(Event):
     """A peer broke a protocol; what was open with it at that layer is closed.
 
     Attributes:
-        layer: noise, yamux, multistream, identify, ping, http2, kaspa, messages.
+        layer: noise, yamux, identify, http2, messages; or the protocol of the stream, as ``/ipfs/ping/1.0.0``.
         reason: what it did.
     """
 

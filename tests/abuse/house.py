@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+import pytest
 import trio
 
 from kas_libp2p import addresses
 from kas_libp2p.config import Config
-from kas_libp2p.events import Event
+from kas_libp2p.events import Event, HandlerFailed, InternalError
 from kas_libp2p.identity import Identity
 from kas_libp2p.kaspa.join import Joiner, JoinSettings, KaspadAddress
 from kas_libp2p.kaspa.peer import LightPeer
@@ -96,13 +97,12 @@ class House:
         await foreign.shake_first()
         return foreign
 
-    async def mute(self) -> Connection:
-        """A stranger whose Noise and Yamux are in order, and who answers no stream."""
-        raw = await self.pipe()
+    async def connected(self, on_stream: Callable[[YamuxStream], None] | None = None) -> Connection:
+        """A stranger whose Noise and Yamux are in order. Left out: it answers no stream."""
         connection = await upgrade(
-            raw, identity=self.stranger(), initiator=True, expected=self.node.peer_id, config=Config()
+            await self.pipe(), identity=self.stranger(), initiator=True, expected=self.node.peer_id, config=Config()
         )
-        self.nursery.start_soon(connection.run, _ignore)
+        self.nursery.start_soon(connection.run, on_stream or _ignore)
         await trio.sleep(2 * DELAY)
         return connection
 
@@ -147,3 +147,15 @@ async def house(config: Config | None = None) -> AsyncIterator[House]:
         await trio.testing.wait_all_tasks_blocked()
         yield house
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def besieged() -> AsyncIterator[House]:
+    """A house whose friend, after the block, is served as quickly as before it; nobody's places are left taken."""
+    async with house() as h:
+        alone = await h.friend_is_served()
+        yield h
+        await trio.sleep(10 * DELAY)
+        assert await h.friend_is_served() == pytest.approx(alone)
+        assert h.of(InternalError) == h.of(HandlerFailed) == []
+        assert h.joiner.pending == 0

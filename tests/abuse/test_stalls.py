@@ -125,7 +125,7 @@ async def test_one_who_tells_nothing_about_itself(autojump_clock: MockClock) -> 
     async with house() as h:
         alone = await h.friend_is_served()
         for _ in range(STRANGERS):
-            await h.mute()
+            await h.connected()
         assert await h.friend_is_served() == pytest.approx(alone)
         await trio.sleep(identify.TIMEOUT)
         failed = [event for _, event in h.of(IdentifyFailed)]
@@ -144,7 +144,7 @@ async def test_one_whose_push_never_ends(autojump_clock: MockClock) -> None:
     async with house() as h:
         alone = await h.friend_is_served()
         for _ in range(STRANGERS):
-            stream = await (await h.mute()).open_stream(identify.PUSH)
+            stream = await (await h.connected()).open_stream(identify.PUSH)
             await stream.send_all(b"\xff")  # the beginning of a length
         assert await h.friend_is_served() == pytest.approx(alone)
         await trio.sleep(identify.TIMEOUT)
@@ -158,7 +158,7 @@ async def test_one_whose_push_never_ends(autojump_clock: MockClock) -> None:
 
 async def test_one_whose_second_push_does_not_wait_for_the_first(autojump_clock: MockClock) -> None:
     async with house() as h:
-        stranger = await h.mute()
+        stranger = await h.connected()
         for _ in range(2):
             stream = await stranger.open_stream(identify.PUSH)
             await stream.send_all(b"\xff")
@@ -176,7 +176,7 @@ async def test_one_who_proposes_nothing_on_a_stream(said: bytes, autojump_clock:
     async with house() as h:
         alone = await h.friend_is_served()
         for _ in range(STRANGERS):
-            stream = await (await h.mute()).open_stream()
+            stream = await (await h.connected()).open_stream()
             await stream.send_all(said)
         assert await h.friend_is_served() == pytest.approx(alone)
         await trio.sleep(NEGOTIATION)
@@ -210,7 +210,7 @@ async def test_no_kaspa_preface(dialect: Dialect, said: bytes, autojump_clock: M
         alone = await h.friend_is_served()
         before = len(h.kaspad.opened)
         for _ in range(STRANGERS):
-            stream = await (await h.mute()).open_stream(dialect)
+            stream = await (await h.connected()).open_stream(dialect)
             await stream.send_all(said)
         await trio.sleep(2 * DELAY)
         assert await h.friend_is_served() == pytest.approx(alone)
@@ -233,7 +233,7 @@ async def test_a_kaspa_handshake_that_stops(said: list[str], within: float, auto
         before = len(h.of(KaspaPeerEnded))
         for number in range(STRANGERS):
             words = {"version": version(number + 1), "verack": VERACK}
-            await in_messages(await h.mute(), [words[each] for each in said])
+            await in_messages(await h.connected(), [words[each] for each in said])
         begun = trio.current_time()
         await trio.sleep(5 * DELAY)
         assert len(h.joiner.peers) == STRANGERS
