@@ -395,6 +395,9 @@ class Bridge:
 
         ended = await self.joiner.carry(stream, on_ready=on_ready)
         self.ends[ended.reason] += 1
+        if ended.reason is End.PATH_HUNG and peer not in self.joiner.peers:
+            # A new stream on the same connection would hang as well.
+            await self.node.disconnect(peer, "the path hung")
         if ended.by is Side.KASPAD:
             self.watch.suspect()
         joined_for = None

@@ -24,6 +24,10 @@ DEFAULT_SECONDS = 24 * 3600.0
 """kaspad's own default is a day as well."""
 
 
+LONGEST = 100 * 365.25 * 24 * 3600.0
+"""Seconds of a ban that ends; above it "for good" is meant."""
+
+
 class BansError(KasError):
     """The list of bans can't be read, written or extended."""
 
@@ -81,9 +85,11 @@ class Bans:
             seconds: for how long; ``None`` for good.
 
         Raises:
-            ConfigError: the target is none of these.
+            ConfigError: the target is none of these, or the time is not above 0 and below a hundred years.
             BansError: the list is full, or can't be written; then nothing has changed.
         """
+        if seconds is not None and not 0 < seconds <= LONGEST:
+            raise ConfigError(f"a ban lasts more than 0 and at most {LONGEST:.0f} seconds, or null for good")
         ban = Ban(parse_entry(target, "a ban"), now, None if seconds is None else now + seconds, reason[:256])
         changed = {key: each for key, each in self._bans.items() if not _over(each, now)} | {ban.target: ban}
         if len(changed) > MAX_BANS:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from kas_bridge.app import Bridge
 
 MAX_CONNECTIONS = 32
-"""Open at once. A few programs watch events; more is a mistake."""
+"""Open at once. A few programs watch events; more is a mistake, and then the operator's own question still gets in: in
+its place the connection is closed that has asked nothing for the longest."""
 
 SILENCE = 60.0
 """Seconds after which a connection that asks nothing is closed. Events are not silence."""
@@ -75,7 +76,7 @@ def open_socket(paths: Sequence[Path]) -> tuple[Path, socket.socket]:
                     listener.bind(name)
             finally:
                 os.umask(before)
-            listener.listen(MAX_CONNECTIONS)
+            listener.listen()
         except OSError as error:
             listener.close()
             problems.append(f"{path}: {error.strerror}")
@@ -93,7 +94,7 @@ class ControlServer:
         path: where it is, to be removed in the end.
 
     Attributes:
-        refused: connections above `MAX_CONNECTIONS`.
+        refused: connections refused or closed because there were more than `MAX_CONNECTIONS`.
         malformed: requests that could not be understood.
     """
 
@@ -102,6 +103,8 @@ class ControlServer:
         self._listener = trio.socket.from_stdlib_socket(listener)
         self._path = path
         self._open = 0
+        self._waiting: dict[trio.SocketStream, trio.CancelScope] = {}
+        """Connections that wait for a request, the one that has waited longest first."""
         self.refused = 0
         self.malformed = 0
 
@@ -129,24 +132,28 @@ class ControlServer:
             async with stream:
                 if self._open > MAX_CONNECTIONS:
                     self.refused += 1
-                    await _write(
-                        stream, {"ok": False, "error": f"{MAX_CONNECTIONS} control connections are open already"}
-                    )
-                    return
+                    if not self._waiting:
+                        error = f"{MAX_CONNECTIONS} control connections are open already, and all are in use"
+                        await _write(stream, {"ok": False, "error": error})
+                        return
+                    self._waiting.pop(next(iter(self._waiting))).cancel()
                 await self._converse(stream)
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             pass  # the client went away, or takes no answer
         except Exception as error:  # noqa: BLE001 - the one place where control connections are isolated from the rest
             self._bridge.trouble("control", error)
         finally:
+            self._waiting.pop(stream, None)
             self._open -= 1
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         lines = Lines()
         while True:
             data = b""
-            with trio.move_on_after(SILENCE):
+            with trio.move_on_after(SILENCE) as scope:
+                self._waiting[stream] = scope
                 data = bytes(await stream.receive_some(64 * 1024))
+            self._waiting.pop(stream, None)
             if not data:
                 return
             try:
@@ -179,9 +186,11 @@ class ControlServer:
             answer = {"ok": False, "error": str(error)}
         else:
             answer = {"ok": True, **answer}
-        await _write(stream, answer)
-        if action == "stop":
-            bridge.stop("by kas-bridge stop")
+        try:
+            await _write(stream, answer)
+        finally:
+            if action == "stop":
+                bridge.stop("by kas-bridge stop")
         return action
 
     async def _do(self, action: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -198,8 +207,6 @@ class ControlServer:
             case "disconnect":
                 return await bridge.disconnect(fields["peer"])
             case "ban":
-                if (fields.get("seconds", 1) or 1) <= 0:
-                    raise ActionError("seconds must be above 0, or null for good")
                 return await bridge.ban(fields["target"], **{k: v for k, v in fields.items() if k != "target"})
             case "unban":
                 return bridge.unban(fields["target"])
