@@ -10,6 +10,7 @@ import binascii
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -462,9 +463,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except cyclopts.CycloptsError as error:
         known = arguments[:1] if arguments and arguments[0] in app else []
         _fail(_words(error), Exit.MISUSED, " ".join(["kas-libp2p", *known, "--help"]), as_json="--json" in arguments)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (KeyboardInterrupt, BaseExceptionGroup) as error:  # the second Ctrl-C, maybe out of trio's nurseries
+        if isinstance(error, BaseExceptionGroup) and error.split(KeyboardInterrupt)[1] is not None:
+            raise
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # Whoever read the output is gone. Python would complain once more when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        sys.exit(128 + signal.SIGPIPE)

@@ -244,6 +244,12 @@ class Report:
         async for event in events:
             self._print(event)
 
+    def interrupted(self) -> None:
+        """What comes now begins on a line of its own, not behind the terminal's ``^C``."""
+        self._in_progress = False
+        if not self._as_json and sys.stdout.isatty():
+            _write("\n")
+
     def _print(self, event: Event) -> None:
         if self._as_json:
             _write(json.dumps(to_dict(event), ensure_ascii=False) + "\n")
@@ -294,6 +300,7 @@ async def with_node(
 
     Raises:
         Interrupted: by a signal.
+        BrokenPipeError: nobody reads what is printed.
         KasError, trio.TooSlowError: as ``work`` and `open_node`.
     """
     problem: Exception | None = None
@@ -307,14 +314,23 @@ async def with_node(
                 task_status.started()
                 async for number in signals:
                     caught.append(number)
+                    report.interrupted()
                     scope.cancel()
                     return
+
+        async def show(events: Subscription) -> None:
+            nonlocal problem
+            try:
+                await report.run(events)
+            except BrokenPipeError as error:  # whoever read it is gone
+                problem = error
+                scope.cancel()
 
         await nursery.start(watch)
         try:
             with scope:
                 async with open_node(config) as node:
-                    nursery.start_soon(report.run, node.events())
+                    nursery.start_soon(show, node.events())
                     if prepare is not None:
                         await prepare(node)
                     node.bus.emit(_started(node))
@@ -388,7 +404,7 @@ def _serve(node: Node, protocol: str, handle: Callable[[YamuxStream], Awaitable[
                 protocol=protocol,
                 seconds=trio.current_time() - stream.opened_at,
                 received=stream.received,
-                sent=stream.sent,
+                sent=stream.sent + stream.unsent,
             )
             node.bus.emit(served)
 
