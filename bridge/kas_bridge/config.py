@@ -25,6 +25,7 @@ from cyclopts import Parameter
 from kas_libp2p.addresses import parse, parse_peer_id, peer_of
 from kas_libp2p.config import MIB, Config, DialConfig, Limits, YamuxConfig, from_mapping
 from kas_libp2p.errors import AddressError, ConfigError
+from kas_libp2p.units import parse_size
 
 ENVIRONMENT_PREFIX = "KAS_BRIDGE_"
 CONFIG_FILE = "config.toml"
@@ -302,20 +303,18 @@ def parse_sources(entries: tuple[str, ...]) -> tuple[ipaddress.IPv4Network | ipa
     return tuple(found)
 
 
-_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*(|B|kB|MB|GB|KiB|MiB|GiB)(?:/s)?")
-_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
 def parse_rate(text: str) -> float:
     """Bytes per second from ``500kB``, ``2 MB/s`` or a plain number.
 
     Raises:
         ConfigError: it can't be read.
     """
-    match = _RATE.fullmatch(text.strip())
-    if match is None:
-        raise ConfigError(f"--upload-limit must be bytes per second, such as 500kB or 2MB, or 0 for none, not {text!r}")
-    return float(match[1]) * _UNITS[match[2]]
+    try:
+        return float(parse_size(text.strip().removesuffix("/s")))
+    except ValueError:
+        raise ConfigError(
+            f"--upload-limit must be bytes per second, such as 500kB or 2MB, or 0 for none, not {text!r}"
+        ) from None
 
 
 TABLES: dict[str, type] = {"limits": Limits, "dial": DialConfig, "yamux": BridgeYamux}
