@@ -67,19 +67,21 @@ class GrpcChannel(MessageChannel):
     # MessageChannel
 
     async def _receive_batch(self) -> list[Piece]:
-        await trio.lowlevel.checkpoint_if_cancelled()
         machine = self._machine
         while True:
+            if machine.busy:
+                await trio.lowlevel.checkpoint()  # a large message is unpacked by steps, and others run between them
+            else:
+                await trio.lowlevel.checkpoint_if_cancelled()
             pieces = machine.take(BATCH)
             self._kick_writer()  # taking gives windows back, and finds faults
             if pieces or machine.ended:
                 return pieces
             if machine.busy:
-                await trio.lowlevel.checkpoint()  # a large message is being unpacked
-            elif machine.error is not None:
+                continue
+            if machine.error is not None:
                 raise machine.error
-            else:
-                await self._readers.park()
+            await self._readers.park()
 
     async def _send_batch(self, pieces: Sequence[Piece]) -> None:
         machine = self._machine

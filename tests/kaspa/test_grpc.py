@@ -1,18 +1,21 @@
 """gRPC on HTTP/2: the two ends against each other, and against peers that break the rules."""
 
 import gzip
+import tracemalloc
 
 import pytest
 import trio
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from h2.events import DataReceived, ResponseReceived, TrailersReceived
+from h2.errors import ErrorCodes
+from h2.events import ConnectionTerminated, DataReceived, ResponseReceived, TrailersReceived
+from hyperframe.frame import GoAwayFrame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import memory_stream_pair
 
 from kas_libp2p.errors import ConnectionLost, GrpcError, KasError, RemoteProtocolError
-from kas_libp2p.kaspa._grpc import P2P_PATH, GrpcMachine, GrpcSettings
+from kas_libp2p.kaspa._grpc import P2P_PATH, PIECE_COST, GrpcMachine, GrpcSettings
 from kas_libp2p.kaspa.channel import BATCH, Piece, running
 from kas_libp2p.kaspa.grpc import GrpcChannel
 
@@ -96,23 +99,21 @@ def test_a_packed_message_larger_than_the_window_gets_through() -> None:
 class Foreign:
     """A peer that speaks HTTP/2 by itself, to say what ours would not."""
 
-    def __init__(self, headers: list[tuple[str, str]] | None = None) -> None:
+    headers = (
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":authority", "x"),
+        (":path", P2P_PATH),
+        ("content-type", "application/grpc"),
+        ("grpc-accept-encoding", "gzip,identity"),
+    )
+
+    def __init__(self, headers: list[tuple[str, str]] | None = None, *, max_message: int = 100_000) -> None:
         self.h2 = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
         self.h2.initiate_connection()
-        self.server = GrpcMachine(client=False, settings=GrpcSettings(max_message=100_000), now=0)
+        self.server = GrpcMachine(client=False, settings=GrpcSettings(max_message=max_message), now=0)
         self.events: list[object] = []
-        self.h2.send_headers(
-            1,
-            headers
-            or [
-                (":method", "POST"),
-                (":scheme", "http"),
-                (":authority", "x"),
-                (":path", P2P_PATH),
-                ("content-type", "application/grpc"),
-                ("grpc-accept-encoding", "gzip,identity"),
-            ],
-        )
+        self.h2.send_headers(1, headers or self.headers)
         self.turn()
 
     def turn(self) -> None:
@@ -122,7 +123,8 @@ class Foreign:
             self.events += self.h2.receive_data(answer)
 
     def say(self, data: bytes) -> KasError | None:
-        self.h2.send_data(1, data)
+        for start in range(0, len(data), 16384):
+            self.h2.send_data(1, data[start : start + 16384])
         self.turn()
         return self.server.error
 
@@ -232,3 +234,157 @@ async def test_a_stream_that_breaks_ends_both_directions_with_the_reason() -> No
             await client.receive()
         with pytest.raises(ConnectionLost):
             await client.send(b"x")
+
+
+def gzipped(message: bytes) -> bytes:
+    packed = gzip.compress(message, 9)
+    return b"\1" + len(packed).to_bytes(4, "big") + packed
+
+
+def test_a_bomb_is_unpacked_as_it_is_taken_by_steps_and_without_memory() -> None:
+    size, gone, takes = 40 << 20, 0, 0
+    foreign = Foreign(max_message=size)
+    packed = gzipped(bytes(size))
+    tracemalloc.start()
+    try:
+        assert foreign.say(packed) is None
+        while gone < size:
+            pieces = foreign.server.take(BATCH)
+            takes += 1
+            assert pieces or foreign.server.busy
+            assert sum(len(piece.data) for piece in pieces) <= BATCH
+            assert all(piece.size == size for piece in pieces)
+            gone += sum(len(piece.data) for piece in pieces)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert takes > 2 * size // BATCH * 0.9
+    assert most < 4 << 20
+    assert not foreign.server.busy
+    assert foreign.say(gzipped(b"and on")) is None
+    assert whole(foreign.server.take(BATCH)) == [b"and on"]
+
+
+def test_tiny_messages_that_nobody_reads_make_no_objects() -> None:
+    foreign = Foreign()
+    said = b"\0\0\0\0\1x" * 2000 + bytes(5) * 2000
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(60):
+            assert foreign.say(said[:12_000]) is None
+            assert foreign.say(said[12_000:]) is None
+        kept = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert kept < 3 * 60 * len(said)
+    count = 0
+    while pieces := foreign.server.take(BATCH):
+        assert len(pieces) <= BATCH // PIECE_COST + 1
+        count += len(pieces)
+    assert count == 60 * 4000
+    assert foreign.server.waiting == 0
+
+
+def test_an_end_within_a_message_is_the_peers_fault_after_what_was_whole() -> None:
+    for part in (b"\0\0", b"\0\0\0\0\5", b"\0\0\0\0\5half", gzipped(b"x")[:-1]):
+        foreign = Foreign()
+        foreign.h2.send_data(1, b"\0\0\0\0\5whole" + part, end_stream=True)
+        foreign.turn()
+        assert foreign.server.take(BATCH)[0].data == b"whole"
+        assert foreign.server.take(BATCH)[1:] == []
+        assert not foreign.server.ended
+        assert isinstance(foreign.server.error, RemoteProtocolError)
+        assert "middle of a message" in str(foreign.server.error)
+
+
+def test_the_end_comes_after_the_last_message_was_taken() -> None:
+    foreign = Foreign()
+    foreign.h2.send_data(1, gzipped(b"first") + b"\0\0\0\0\4last", end_stream=True)
+    foreign.turn()
+    assert not foreign.server.ended
+    assert whole(foreign.server.take(BATCH)) == [b"first", b"last"]
+    assert foreign.server.ended
+    assert foreign.server.error is None
+
+
+def test_who_breaks_the_rules_of_grpc_is_told() -> None:
+    foreign = Foreign()
+    foreign.say(b"\2\0\0\0\1x")
+    (told,) = [event for event in foreign.events if isinstance(event, ConnectionTerminated)]
+    assert told.error_code == ErrorCodes.PROTOCOL_ERROR
+
+
+@pytest.mark.parametrize(("status", "wanted"), [("0", None), ("8", GrpcError)])
+def test_a_peer_that_says_goodbye_still_says_its_status(status: str, wanted: type[KasError] | None) -> None:
+    client, server = machines()
+    exchange(client, server)
+    server.send([Piece.of(b"last")])
+    server.send_eof(int(status))
+    data = server.data_to_send(1 << 20)
+    client.receive(goaway(last=1) + data, 0)
+    assert whole(client.take(BATCH)) == [b"last"]
+    assert client.ended == (wanted is None)
+    assert (type(client.error) if client.error else None) == wanted
+
+
+def test_a_peer_that_leaves_before_the_call_does_not_take_it_up() -> None:
+    client, server = machines()
+    client.receive(server.data_to_send(1 << 20) + goaway(last=0), 0)
+    assert isinstance(client.error, ConnectionLost)
+    assert "did not take up" in str(client.error)
+
+
+def test_a_peer_that_leaves_with_an_error_says_it() -> None:
+    client, server = machines()
+    exchange(client, server)
+    client.receive(goaway(last=1, code=11, detail=b"enough"), 0)
+    assert str(client.error) == "the peer ended HTTP/2 with code 11 enough"
+
+
+def goaway(*, last: int, code: int = 0, detail: bytes = b"") -> bytes:
+    frame = GoAwayFrame(0, last_stream_id=last, error_code=code, additional_data=detail)
+    return frame.serialize()
+
+
+async def test_a_large_packed_message_lets_others_run() -> None:
+    left, right = memory_stream_pair()
+    size = 32 << 20
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    foreign = Foreign(max_message=size)
+    async with running(GrpcChannel.server(right)) as server, trio.open_nursery() as nursery:
+        h2 = H2Connection(H2Configuration(client_side=True))
+        h2.initiate_connection()
+        h2.send_headers(1, foreign.headers)
+        packed = gzipped(bytes(size))
+        while packed:
+            h2.send_data(1, packed[:16384])
+            packed = packed[16384:]
+        await left.send_all(h2.data_to_send())
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(others)
+        assert len(await server.receive() or b"") == size
+        nursery.cancel_scope.cancel()
+    assert turns > 2 * size // BATCH * 0.9
+
+
+async def test_a_sender_that_waits_is_let_go_when_the_stream_is_over() -> None:
+    left, right = memory_stream_pair()
+    async with running(GrpcChannel.server(right)) as server:
+        h2 = H2Connection(H2Configuration(client_side=True))
+        h2.initiate_connection()
+        h2.send_headers(1, Foreign().headers, end_stream=True)
+        await left.send_all(h2.data_to_send())
+        assert await server.receive() is None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.send, bytes(1 << 20))
+            await trio.testing.wait_all_tasks_blocked()
+            h2.reset_stream(1, ErrorCodes.NO_ERROR)  # it has all it wants
+            await left.send_all(h2.data_to_send())

@@ -2,9 +2,9 @@
 
 usage: python -m tests.perf.grpc_channel [--rounds N] [--mb N] [--against CHECKOUT] [CASE ...]
 
-Cases: large (240 kB, a full block), small (500 bytes, a transaction, in batches as a bridge passes them on), single (500
-bytes, sent one by one). Only ratios of figures of one run say anything: with CHECKOUT, another state of this
-repository, the two are measured in turn. Each figure is a median with its spread.
+Cases: large (240 kB, a full block), small (500 bytes, in batches, as a bridge passes them on), single (500 bytes, each
+by itself). Only ratios of figures of one run say anything: with CHECKOUT, another state of this repository, the two are
+measured in turn. Each figure is a median with its spread.
 """
 
 from __future__ import annotations
