@@ -2,9 +2,8 @@
 
 usage: python -m tests.perf.peers SUBJECT listen|dial [--many]
 
-Subjects: raw (plain trio TCP), stock (py-libp2p as it comes), ours (a node of this library with all its services),
-bound FILE MODE (a program that shows how fast framing can be, see ``data_path``). ``--many`` lifts the limits on
-connections.
+Subjects: raw (plain trio TCP), bound (framing and nothing else), ours (a node of this library with all its services),
+stock (py-libp2p as it comes). ``--many`` lifts the limits on connections.
 
 It speaks as ``tests/interop/rust`` does, so that one driver commands both: JSON lines, ``started`` and ``listening``
 first, then orders on stdin, until stdin closes. Orders: ``connect``, ``disconnect``, ``perf``, ``echo``, ``redial``.
@@ -13,7 +12,6 @@ first, then orders on stdin, until stdin closes. Orders: ``connect``, ``disconne
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -22,6 +20,8 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
 
 import trio
+
+from tests.perf.bound import Framed
 
 PERF = "/perf/1.0.0"
 ECHO = "/kas-interop/echo/1.0.0"
@@ -57,7 +57,8 @@ async def serve_echo(stream: Stream) -> None:
     await stream.send_eof()
 
 
-SERVICES: dict[str, Callable[[Stream], Awaitable[None]]] = {PERF: serve_perf, ECHO: serve_echo}
+Service = Callable[[Stream], Awaitable[None]]
+SERVICES: dict[str, Service] = {PERF: serve_perf, ECHO: serve_echo}
 
 
 async def upload(stream: Stream, total: int, size: int) -> float:
@@ -128,11 +129,6 @@ class Raw:
         self._nursery = nursery
         self._port = 0
 
-    async def _serve(self, stream: trio.SocketStream) -> None:
-        with suppress(trio.BrokenResourceError):
-            async with stream:
-                await list(SERVICES.values())[(await stream.receive_some(1))[0]](stream)
-
     async def listen(self) -> str:
         serve: Any = trio.serve_tcp
         listeners = await self._nursery.start(serve, self._serve, 0)
@@ -144,10 +140,37 @@ class Raw:
     async def open(self, protocol: str) -> Stream:
         stream = await trio.open_tcp_stream("127.0.0.1", self._port)
         await stream.send_all(bytes((list(SERVICES).index(protocol),)))
-        return stream
+        return self._wrap(stream)
 
     async def disconnect(self) -> None:
         pass
+
+    def _wrap(self, stream: trio.SocketStream) -> Stream:
+        return stream
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        service = list(SERVICES.values())[(await stream.receive_some(1))[0]]
+        with suppress(trio.BrokenResourceError):
+            await self._serve_with(service, stream)
+
+    async def _serve_with(self, service: Service, stream: trio.SocketStream) -> None:
+        await service(stream)
+
+
+class Bound(Raw):
+    """Noise and Yamux frames on trio TCP, and nothing more: see `tests.perf.bound`."""
+
+    def _wrap(self, stream: trio.SocketStream) -> Stream:
+        framed = Framed(stream.socket)
+        self._nursery.start_soon(framed.run)
+        return framed
+
+    async def _serve_with(self, service: Service, stream: trio.SocketStream) -> None:
+        framed = Framed(stream.socket)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(framed.run)
+            await service(framed)
+            await framed.aclose()
 
 
 class Ours:
@@ -206,7 +229,7 @@ class Stock:
         return str(self._host.get_addrs()[0])
 
     @staticmethod
-    def _handler(service: Callable[[Stream], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    def _handler(service: Service) -> Callable[[Any], Awaitable[None]]:
         async def handle(stream: Any) -> None:
             await service(StockStream(stream))
 
@@ -230,33 +253,17 @@ class Stock:
         self._connections.clear()
 
 
-class Bound:
-    """A program with its own protocol, which can only upload."""
-
-    def __init__(self, path: str, mode: int) -> None:
-        spec = importlib.util.spec_from_file_location("bound", path)
-        assert spec is not None
-        assert spec.loader is not None
-        self._module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self._module)
-        self._mode = mode
-        self._port = 0
-
-    async def connect(self, address: str) -> None:
-        self._port = int(address.split("/")[4])
-
-    async def upload(self, total: int, size: int) -> float:
-        rate: float = await self._module.one(self._port, self._mode, total, size)
-        return total / rate / 1e6
-
-    async def disconnect(self) -> None:
-        pass
-
-
 @asynccontextmanager
 async def raw_peer(listen: bool, many: bool) -> AsyncIterator[Peer]:
     async with trio.open_nursery() as nursery:
         yield Raw(nursery)
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def bound_peer(listen: bool, many: bool) -> AsyncIterator[Peer]:
+    async with trio.open_nursery() as nursery:
+        yield Bound(nursery)
         nursery.cancel_scope.cancel()
 
 
@@ -277,6 +284,8 @@ async def stock_peer(listen: bool, many: bool) -> AsyncIterator[Peer]:
     from libp2p.crypto.ed25519 import create_new_key_pair
     from libp2p.crypto.x25519 import create_new_key_pair as create_noise_pair
     from libp2p.network.config import ConnectionConfig
+    from libp2p.rcmgr.connection_limits import ConnectionLimits
+    from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
     from libp2p.security.noise.transport import PROTOCOL_ID, Transport
     from multiaddr import Multiaddr
 
@@ -285,12 +294,15 @@ async def stock_peer(listen: bool, many: bool) -> AsyncIterator[Peer]:
     limits = ConnectionConfig(  # its inbound slots are never released, and it dials peers by itself below low_watermark
         max_connections=MANY, high_watermark=MANY, max_connections_per_peer=MANY, low_watermark=0, min_connections=0
     )
-    host = libp2p.new_host(key_pair=keys, sec_opt={PROTOCOL_ID: noise}, connection_config=limits)
+    manager = ResourceManager(ResourceLimits(MANY), connection_limits=ConnectionLimits(), enable_rate_limiting=False)
+    host = libp2p.new_host(
+        key_pair=keys, sec_opt={PROTOCOL_ID: noise}, connection_config=limits, resource_manager=manager
+    )
     async with host.run(listen_addrs=[Multiaddr(LOOPBACK)] if listen else []):
         yield Stock(host)
 
 
-PEERS = {"raw": raw_peer, "ours": our_peer, "stock": stock_peer}
+PEERS = {"raw": raw_peer, "bound": bound_peer, "ours": our_peer, "stock": stock_peer}
 
 
 # Orders
@@ -299,17 +311,13 @@ PEERS = {"raw": raw_peer, "ours": our_peer, "stock": stock_peer}
 async def act(peer: Any, order: Json) -> Json:
     match order["do"]:
         case "connect":
-            for _ in range(order.get("count", 1)):
-                await peer.connect(order["addr"])
+            await peer.connect(order["addr"])
             return {}
         case "disconnect":
             await peer.disconnect()
             return {}
         case "perf":
-            total, size = order["upload"], order["write"]
-            if isinstance(peer, Bound):
-                return {"upload_seconds": await peer.upload(total, size)}
-            return {"upload_seconds": await upload(await peer.open(PERF), total, size)}
+            return {"upload_seconds": await upload(await peer.open(PERF), order["upload"], order["write"])}
         case "echo":
             return await echoes(await peer.open(ECHO), order["size"], order["count"])
         case "redial":
@@ -354,22 +362,13 @@ async def run(subject: str, listen: bool, many: bool) -> None:
         await read_orders(peer)
 
 
-async def run_bound(path: str, mode: int, listen: bool) -> None:
-    bound = Bound(path, mode)
-    say("started", peer="")
-    await read_orders(bound)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subject", nargs="+")
+    parser.add_argument("subject", choices=PEERS)
+    parser.add_argument("role", choices=("listen", "dial"))
     parser.add_argument("--many", action="store_true")
     options = parser.parse_args()
-    *subject, role = options.subject
-    if subject[0] == "bound":
-        trio.run(run_bound, subject[1], int(subject[2]), role == "listen")
-    else:
-        trio.run(run, subject[0], role == "listen", options.many)
+    trio.run(run, options.subject, options.role == "listen", options.many)
 
 
 if __name__ == "__main__":
