@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ def prepare(path: Path) -> None:
     """Make the data directory if it is missing, readable by its owner alone.
 
     Raises:
-        DataDirError: it can't be made or written to.
+        DataDirError: it can't be made or written to, or everybody can write to it.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -31,6 +32,8 @@ def prepare(path: Path) -> None:
         raise DataDirError(
             f"can't make the data directory {path}: {error.strerror}; give another one with --data-dir"
         ) from error
+    if path.stat().st_mode & stat.S_IWOTH:
+        raise DataDirError(f"everybody can write to {path}, and so replace the bridge's key. Type: chmod o-w {path}")
     if not os.access(path, os.W_OK | os.X_OK):
         raise DataDirError(f"can't write to the data directory {path}; give another one with --data-dir")
 
