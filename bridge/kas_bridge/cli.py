@@ -311,11 +311,13 @@ def demo(
         _fail("--blocks must be 10 to 5000", MISUSED)
     try:
         if binary is None:
-            result = _run(lambda: show.light(stage))
+            result = _run(lambda: show.interruptible(stage, lambda: show.light(stage)))
             show.show_light(stage, result)
             values = dataclasses.asdict(result)
         else:
-            figures = _run(lambda: show.kaspads(stage, binary, full=blocks, distance=delay))
+            figures = _run(
+                lambda: show.interruptible(stage, lambda: show.kaspads(stage, binary, full=blocks, distance=delay))
+            )
             show.show_kaspads(stage, figures)
             values = dataclasses.asdict(figures)
     except (KasError, trio.TooSlowError, ProcessEnded) as error:

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 from rich.console import Console
@@ -31,6 +34,8 @@ from trio import TaskStatus  # type: ignore[attr-defined,unused-ignore]  # libp2
 from kas_bridge import views
 from kas_bridge.light import PAYLOAD, TRANSACTIONS
 from kas_libp2p.errors import KasError
+
+T = TypeVar("T")
 
 LIGHT_BLOCKS = 512
 """Blocks that the light nodes exchange: 123 MB, a second or two."""
@@ -48,6 +53,17 @@ DELAY = 0.05
 STEP_TIMEOUT = 60.0
 """Seconds for one step of the light demonstration: a hundred times what it takes."""
 
+# Seconds that the demonstration with kaspads takes on two shared cores, so that it can say so beforehand: what does not
+# depend on the chain (starting nodes and bridges, live blocks), and for each filled block.
+NEAR_SECONDS, NEAR_EACH = 30.0, 0.015
+FAR_SECONDS, FAR_EACH = 6.0, 0.04
+MINING_EACH = 0.015
+
+DRAWING = """
+    {node} A ── bridge A ═════════ libp2p ═════════ bridge B ── {node} B
+   {space}    HTTP/2       TCP, Noise, Yamux          HTTP/2
+"""
+
 
 class DemoError(KasError):
     """The demonstration could not be shown. The text says at which step."""
@@ -62,18 +78,40 @@ class Stage:
 
     def say(self, text: str = "") -> None:
         """A line."""
-        if not self._quiet:
-            self._out.print(Text(text), soft_wrap=True)
+        self._print("", text)
 
     def title(self, text: str) -> None:
         """A line in bold."""
-        if not self._quiet:
-            self._out.print(Text(text, style="bold"), soft_wrap=True)
+        self._print("", text, style="bold")
 
     def done(self, text: str) -> None:
         """A step that worked."""
+        self._print("  ✓ ", text)
+
+    def left_out(self, text: str) -> None:
+        """A step that is not possible here."""
+        self._print("  - ", text)
+
+    def _print(self, mark: str, text: str, style: str = "") -> None:
+        if self._quiet:
+            return
+        lines = [text]
+        if self._out.is_terminal:
+            room = self._out.width - len(mark)
+            lines = [
+                part
+                for line in text.splitlines() or [""]
+                for part in textwrap.wrap(line, room, break_long_words=False, break_on_hyphens=False) or [""]
+            ]
+        self._out.print(
+            Text.assemble((mark, "green"), (f"\n{' ' * len(mark)}".join(lines), style)),
+            soft_wrap=True,
+        )
+
+    def drawing(self, node: str) -> None:
+        """Who stands where."""
         if not self._quiet:
-            self._out.print(Text.assemble(("  ✓ ", "green"), text), soft_wrap=True)
+            self._out.print(Text(DRAWING.format(node=node, space=" " * len(node))), soft_wrap=True)
 
     def table(self, table: Table) -> None:
         """A table."""
@@ -101,7 +139,7 @@ class Meter:
         self._stage = stage
         self._what = what
         self._bar = bar
-        self._task = bar.add_task(what, total=None, detail="") if bar is not None else None
+        self._task = bar.add_task(what, total=None, detail="starting …") if bar is not None else None
         self._said = time.monotonic()
 
     def show(self, done: float, total: float, detail: str) -> None:
@@ -112,11 +150,32 @@ class Meter:
             self._said = time.monotonic()
             self._stage.say(f"    {self._what}: {detail}")
 
-    def blocks(self, what: str, done: int, total: int) -> None:
+    def blocks(self, _: str, done: int, total: int) -> None:
         """The same for blocks, as `kas_bridge.simnet` tells it."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=what)
         self.show(min(done, total), total, f"{done} of {total} blocks")
+
+
+async def interruptible(stage: Stage, work: Callable[[], Awaitable[T]]) -> T:
+    """Show something that SIGINT and SIGTERM end in order: processes, namespaces and temporary folders are gone then.
+
+    Raises:
+        KeyboardInterrupt: one of them came.
+    """
+    result: list[T] = []
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                await anext(signals)
+                stage.say("    ending what was started …")
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            result.append(await work())
+            nursery.cancel_scope.cancel()
+    if not result:
+        raise KeyboardInterrupt
+    return result[0]
 
 
 # -- With light nodes --------------------------------------------------------------------------------------------------
@@ -128,7 +187,6 @@ class LightResult:
 
     Attributes:
         path: the way between the bridges, and their addresses.
-        bridge_rtt: round trip between the bridges.
         node_rtt: round trip between the nodes, through everything; the median of 20 pings on an idle line.
     """
 
@@ -138,7 +196,6 @@ class LightResult:
     address: str
     dialect: str
     handshake: float
-    bridge_rtt: float | None
     node_rtt: float
     blocks: int
     bytes: int
@@ -228,10 +285,8 @@ async def light(stage: Stage) -> LightResult:
         DemoError, trio.TooSlowError: a step failed, or took too long.
     """
     begun = time.monotonic()
-    stage.title("Two bridges, each in front of a light Kaspa node. Every box is a process of its own:")
-    stage.say()
-    stage.say("    node A ── HTTP/2 ── bridge A ══ libp2p: TCP, Noise, Yamux ══ bridge B ── HTTP/2 ── node B")
-    stage.say()
+    stage.title("Two bridges, each in front of a light Kaspa node. Each is a process of its own:")
+    stage.drawing("node")
     with tempfile.TemporaryDirectory(prefix="kas-demo-") as name:
         folder = Path(name)
         async with trio.open_nursery() as nursery:
@@ -252,10 +307,10 @@ async def _light(stage: Stage, folder: Path, nursery: trio.Nursery) -> LightResu
         bridge_a = await _child(nursery, *_bridge(folder / "a", port_a))
         started_a = await bridge_a.until("bridge-started")
         address = started_a["addresses"][0]
-        stage.done(f"bridge A is up: {address}")
+        stage.done(f"bridge A is up: {views.short(started_a['peer_id'])} at {address.partition('/p2p/')[0]}")
         bridge_b = await _child(nursery, *_bridge(folder / "b", port_b, f"--peer={address}"))
         started_b = await bridge_b.until("bridge-started")
-        stage.done(f"bridge B is up, and connects to that peer: {started_b['peer_id']}")
+        stage.done(f"bridge B is up: {views.short(started_b['peer_id'])}; it connects to bridge A")
         joined = await bridge_b.until("kaspa-peer-joined")
         await node_b.until("joined")
     stage.done(
@@ -289,7 +344,6 @@ async def _light(stage: Stage, folder: Path, nursery: trio.Nursery) -> LightResu
         address=row["address"],
         dialect=row["dialect"],
         handshake=joined["seconds"],
-        bridge_rtt=None if row["rtt_ms"] is None else row["rtt_ms"] / 1000,
         node_rtt=median,
         blocks=event["blocks"],
         bytes=event["bytes"],
@@ -309,11 +363,10 @@ async def _row(folder: Path) -> dict[str, Any]:
 def show_light(stage: Stage, result: LightResult) -> None:
     """The closing summary."""
     table = _facts("Summary")
-    rtt = f", {views.milliseconds(result.bridge_rtt * 1000)} of it between the bridges" if result.bridge_rtt else ""
     for name, text in (
         ("path", f"{result.path}, {result.address}, encrypted and authenticated (Noise), {result.dialect}"),
         ("handshake", f"{views.seconds(result.handshake)} from the stream to both nodes being ready"),
-        ("round trip", f"{views.milliseconds(result.node_rtt * 1000)} from node to node{rtt}"),
+        ("round trip", f"{views.milliseconds(result.node_rtt * 1000)} from node to node, through both bridges"),
         ("carried", f"{result.blocks} blocks, {views.size(result.bytes)} in {views.seconds(result.seconds)}"),
         ("rate", views.rate(result.bytes / result.seconds)),
         ("all of it", f"took {views.seconds(result.total_seconds)}"),
@@ -339,7 +392,8 @@ class KaspadResult:
 
     Attributes:
         syncs: seconds until both nodes had the same tip, by way and by delay each way.
-        live: median and 99th percentile of a live block's time from A to B.
+        live: median and 99th percentile of a live block's time from A to B, by way.
+        rtt: round trip between the bridges, with the cipher and two schedulers in it.
         skipped: what could not be shown, and why.
     """
 
@@ -348,14 +402,14 @@ class KaspadResult:
     blocks: int
     full: int
     bytes: int
-    syncs: list[dict[str, Any]] = field(default_factory=list)
-    live_blocks: int = 0
-    live_median: float = 0.0
-    live_p99: float = 0.0
-    path: str = ""
-    rtt: float | None = None
-    total_seconds: float = 0.0
-    skipped: str = ""
+    syncs: list[dict[str, Any]]
+    live_blocks: int
+    live_size: int
+    live: list[dict[str, Any]]
+    path: str
+    rtt: float | None
+    total_seconds: float
+    skipped: str
     nodes: str = "kaspad"
 
 
@@ -370,56 +424,50 @@ async def kaspads(stage: Stage, kaspad: Path, *, full: int = FULL_BLOCKS, distan
     Raises:
         KasError, ProcessEnded, trio.TooSlowError: a step failed.
     """
-    from kas_bridge.simnet.bridges import Bridges
-    from kas_bridge.simnet.measure import PlainTcp, Sync, live, pair_of, sync, timed_sync
+    from kas_bridge.simnet.bridges import BridgeLink, Bridges
+    from kas_bridge.simnet.measure import Live, PlainTcp, Sync, live, pair_of, sync, timed_sync
     from kas_bridge.simnet.mine import FULL, filled_chain
     from kas_bridge.simnet.node import version_of
-    from kas_bridge.simnet.wire import Wire, WireError
 
     begun = time.monotonic()
     version = version_of(kaspad)
     stage.title(f"Two unmodified kaspads {version} on a network of their own (simnet), a bridge in front of each:")
+    stage.drawing("kaspad")
+    skipped = _no_wire() if distance else ""
+    stage.say(_beforehand(full, distance=distance and not skipped))
     stage.say()
-    stage.say("    kaspad A ── HTTP/2 ── bridge A ══ libp2p: TCP, Noise, Yamux ══ bridge B ── HTTP/2 ── kaspad B")
-    stage.say()
-    with stage.progress("mining") as meter:
+    with stage.progress("kaspad A mines") as meter:
         chain = await filled_chain(kaspad, full, progress=meter.blocks)
     stage.done(
         f"kaspad A has a chain of {chain.blocks} blocks, {chain.full} of them filled with"
         f" {views.size(chain.size)} of signed transactions"
     )
     syncs: list[Sync] = []
-    bridges, plain = Bridges(), PlainTcp()
-    async with pair_of(chain, kaspad, bridges) as pair, bridges.prepare(pair) as link:
-        with stage.progress("kaspad B syncs through the bridges") as meter:
-            syncs.append(await timed_sync(chain, pair, bridges, link, 0.0, meter.blocks))
-        row = (await link.target.ask("peers"))["peers"][0]
-        stage.done(
-            f"kaspad B, empty, synced through the bridges in {views.seconds(syncs[-1].seconds)}: both have the same tip"
-        )
-        with stage.progress("live blocks") as meter:
-            stage.say(f"    {LIVE_BLOCKS} live blocks of {views.size(FULL)}, {LIVE_RATE:g} per second …")
-            arrivals = await live(chain, pair, bridges, size=FULL, count=LIVE_BLOCKS, rate=LIVE_RATE)
-        stage.done(
-            f"{LIVE_BLOCKS} live blocks mined on A, each on B after {views.milliseconds(arrivals.quantile(0.5) * 1000)}"
-            f" (median; 99 % within {views.milliseconds(arrivals.quantile(0.99) * 1000)})"
-        )
-    with stage.progress("the same over plain TCP") as meter:
-        syncs.append(await sync(chain, kaspad, plain, progress=meter.blocks))
-    stage.done(f"the same blocks over plain TCP, kaspad to kaspad: {views.seconds(syncs[-1].seconds)}")
-    skipped = ""
-    if distance:
-        try:
-            Wire(DELAY).close()
-        except (WireError, OSError) as error:
-            skipped = f"with distance: this system gives no network namespaces ({error})"
-            stage.say(f"  - {skipped}")
-        else:
-            far = f"{DELAY * 1000:g} ms each way"
-            for way in (bridges, plain):
-                with stage.progress(f"{way.name}, {far}") as meter:
-                    syncs.append(await sync(chain, kaspad, way, delay=DELAY, progress=meter.blocks))
-                stage.done(f"the same with {far} of delay, {way.name}: {views.seconds(syncs[-1].seconds)}")
+    lives: list[Live] = []
+    row: dict[str, Any] = {}
+    for way, by in ((Bridges(), "through the bridges"), (PlainTcp(), "over plain TCP")):
+        async with pair_of(chain, kaspad, way) as pair, way.prepare(pair) as link:
+            with stage.progress(f"kaspad B syncs {by}") as meter:
+                syncs.append(await timed_sync(chain, pair, way, link, 0.0, meter.blocks))
+            if isinstance(link, BridgeLink):
+                row = (await link.target.ask("peers"))["peers"][0]
+            stage.done(f"kaspad B, empty, synced {by} in {views.seconds(syncs[-1].seconds)}: both have the same tip")
+            with stage.progress("A mines, B follows") as meter:
+                lives.append(
+                    await live(chain, pair, way, size=FULL, count=LIVE_BLOCKS, rate=LIVE_RATE, progress=meter.blocks)
+                )
+            stage.done(
+                f"{LIVE_BLOCKS} live blocks of {views.size(FULL)}, {LIVE_RATE:g} per second: each was at B after"
+                f" {_at(lives[-1].quantile(0.5))} (median)"
+            )
+    if skipped:
+        stage.left_out(skipped)
+    elif distance:
+        far = f"{DELAY * 1000:g} ms each way"
+        for way, by in ((Bridges(), "through the bridges"), (PlainTcp(), "over plain TCP")):
+            with stage.progress(f"{by}, {far}") as meter:
+                syncs.append(await sync(chain, kaspad, way, delay=DELAY, progress=meter.blocks))
+            stage.done(f"the same over a distance of {far}, {by}: {views.seconds(syncs[-1].seconds)}")
     return KaspadResult(
         kaspad=str(kaspad),
         version=version,
@@ -428,8 +476,8 @@ async def kaspads(stage: Stage, kaspad: Path, *, full: int = FULL_BLOCKS, distan
         bytes=chain.bytes,
         syncs=[{"way": each.way, "delay": each.delay, "seconds": each.seconds} for each in syncs],
         live_blocks=LIVE_BLOCKS,
-        live_median=arrivals.quantile(0.5),
-        live_p99=arrivals.quantile(0.99),
+        live_size=FULL,
+        live=[{"way": each.way, "median": each.quantile(0.5), "p99": each.quantile(0.99)} for each in lives],
         path=row["path"],
         rtt=None if row["rtt_ms"] is None else row["rtt_ms"] / 1000,
         total_seconds=time.monotonic() - begun,
@@ -437,41 +485,65 @@ async def kaspads(stage: Stage, kaspad: Path, *, full: int = FULL_BLOCKS, distan
     )
 
 
+def _no_wire() -> str:
+    """Why there can be no distance here; empty if there can."""
+    from kas_bridge.simnet.wire import Wire, WireError
+
+    try:
+        Wire(DELAY).close()
+    except (WireError, OSError) as error:
+        return f"no distance: {error}"
+    return ""
+
+
+def _beforehand(full: int, *, distance: bool) -> str:
+    from kas_bridge.simnet.mine import is_made
+
+    takes = NEAR_SECONDS + NEAR_EACH * full + (FAR_SECONDS + FAR_EACH * full if distance else 0)
+    mining = "" if is_made(full) else f", and {_tens(MINING_EACH * full)} more this once to mine the chain"
+    return f"This takes about {_tens(takes)}{mining}."
+
+
+def _tens(value: float) -> str:
+    return views.seconds(math.ceil(value / 10) * 10)
+
+
+def _at(value: float) -> str:
+    return views.milliseconds(value * 1000)
+
+
 def show_kaspads(stage: Stage, result: KaspadResult) -> None:
     """The closing summary."""
-    stage.say()
-    table = Table(
-        title=f"Sync of {result.blocks} blocks, {views.size(result.bytes)} of transactions",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        padding=(0, 3, 0, 0),
-    )
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), title="Summary", title_justify="left")
+    table.title_style = "bold"
     table.add_column("")
-    for name in ("PLAIN TCP", "TWO BRIDGES", "RATE", "BRIDGES TAKE"):
+    for name in ("PLAIN TCP", "TWO BRIDGES", "RATIO"):
         table.add_column(name, justify="right", no_wrap=True)
+
+    def row(name: str, times: dict[str, float], show: Callable[[float], str]) -> None:
+        plain, bridges = times["plain TCP"], times["two bridges"]
+        table.add_row(f"  {name}", show(plain), show(bridges), f"{bridges / plain:.2f} x")
+
+    table.add_row(f"sync of {result.blocks} blocks, {views.size(result.bytes)}")
     for delay in sorted({each["delay"] for each in result.syncs}):
         times = {each["way"]: each["seconds"] for each in result.syncs if each["delay"] == delay}
-        plain, bridges = times["plain TCP"], times["two bridges"]
-        table.add_row(
-            "this host" if not delay else f"{delay * 1000:g} ms each way",
-            views.seconds(plain),
-            views.seconds(bridges),
-            views.rate(result.bytes / bridges),
-            f"{bridges / plain:.2f} x",
-        )
+        row("this host" if not delay else f"{delay * 1000:g} ms each way", times, views.seconds)
+    table.add_row(f"live blocks of {views.size(result.live_size)}, {LIVE_RATE:g} per second")
+    for name, key in (("median", "median"), ("99 % within", "p99")):
+        row(name, {each["way"]: each[key] for each in result.live}, _at)
+    stage.say()
     stage.table(table)
     stage.say()
     facts = _facts("")
-    rtt = f", {views.milliseconds(result.rtt * 1000)} between the bridges" if result.rtt else ""
+    rtt = f", {_at(result.rtt)} between the bridges" if result.rtt else ""
     facts.add_row("path", f"{result.path}{rtt}, encrypted and authenticated (Noise)")
-    facts.add_row(
-        "live",
-        f"{result.live_blocks} blocks at {LIVE_RATE:g} per second, from A to B in"
-        f" {views.milliseconds(result.live_median * 1000)} (median),"
-        f" 99 % within {views.milliseconds(result.live_p99 * 1000)}",
-    )
+    rates = [
+        f"{views.rate(result.bytes / each['seconds'])} {'over ' if each['delay'] else 'on '}"
+        f"{'that distance' if each['delay'] else 'this host'}"
+        for each in result.syncs
+        if each["way"] == "two bridges"
+    ]
+    facts.add_row("rate", f"{', '.join(rates)}, through the bridges")
     if result.skipped:
         facts.add_row("not shown", result.skipped)
     facts.add_row("all of it", f"took {views.seconds(result.total_seconds)}")

@@ -316,6 +316,15 @@ class Chain:
         return target
 
 
+def _home(full: int, size: int, cache: Path | None) -> Path:
+    return (cache or cache_folder()) / f"simnet-chain-{VERSION}" / f"{full}x{size}"
+
+
+def is_made(full: int, size: int = FULL, cache: Path | None = None) -> bool:
+    """Whether `filled_chain` has this chain in the cache."""
+    return (_home(full, size, cache) / "chain.json").exists()
+
+
 async def filled_chain(
     kaspad: Path, full: int = 1500, size: int = FULL, progress: Progress = quiet, cache: Path | None = None
 ) -> Chain:
@@ -330,9 +339,9 @@ async def filled_chain(
         progress: told while it is made.
         cache: folder of chains instead of the usual one.
     """
-    home = (cache or cache_folder()) / f"simnet-chain-{VERSION}" / f"{full}x{size}"
+    home = _home(full, size, cache)
     async with _locked(home):
-        if not (home / "chain.json").exists():
+        if not is_made(full, size, cache):
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir(parents=True)
             chain = await _make(kaspad, home / "node", full, size, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,6 +24,17 @@ _LEASH = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
     "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
 )
+
+
+def pass_on_niceness(pid: int) -> None:
+    """Give a child with a session of its own our nice value, where we may.
+
+    With autogroups (sched(7)) the scheduler weighs sessions, and each begins at 0 whatever its processes' own values:
+    ``nice -n -15`` before a measuring program would not reach what it measures.
+    """
+    if niceness := os.getpriority(os.PRIO_PROCESS, 0):
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{pid}/autogroup").write_text(str(niceness), encoding="ascii")
 
 
 class ProcessEnded(Exception):
@@ -75,6 +87,7 @@ class Process:
                 env=env,
                 start_new_session=True,  # Ctrl-C in the terminal is for us; we then end it in order
             )
+        pass_on_niceness(popen.pid)
         return cls(argv, popen, log)
 
     @property
