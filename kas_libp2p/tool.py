@@ -23,7 +23,7 @@ import trio
 from kas_libp2p import perf, ping
 from kas_libp2p.addresses import is_loopback, parse_target
 from kas_libp2p.config import Config, Limits
-from kas_libp2p.errors import AddressError, KasError
+from kas_libp2p.errors import AddressError, ConnectionLost, KasError
 from kas_libp2p.events import (
     AcceptFailed,
     AddressesChanged,
@@ -547,12 +547,20 @@ async def dial(
 
 
 async def _connect(node: Node, peer: PeerId | None, found: Sequence[str]) -> SwarmConnection:
-    """Connect, and wait for what the peer tells about itself: what is measured after that is measured undisturbed."""
+    """Connect, and wait for what the peer tells about itself: what is measured after that is measured undisturbed.
+
+    Raises:
+        DialError, AddressError: no connection.
+        ConnectionLost: the peer ended it at once.
+    """
     began = trio.current_time()
     connection = await node.swarm.dial(peer, found)
     took = trio.current_time() - began
     transport = connection.connection
     info = await node.identify(transport.peer)
+    if connection.is_closed:
+        why = transport.close_reason or "it takes no streams"
+        raise ConnectionLost(f"{transport.peer} let us go right after the handshake, as its limits or lists do: {why}")
     node.bus.emit(
         Connected(
             connection=transport.number,

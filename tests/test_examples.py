@@ -1,0 +1,142 @@
+"""What the documentation shows, works: the programs in examples/, README's snippet, the bytes of the wire format."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kas_libp2p.cli import Exit
+from kas_libp2p.identity import Identity
+from kas_libp2p.kaspa._messages import Capability, CloseCode, Kind, Reader, decode, encode
+from kas_libp2p.kaspa.messages import _unpacker
+from tests.command import COMMAND, PATIENCE, Running, run_command, running
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def example(name: str, *arguments: str) -> Running:
+    return Running([sys.executable, str(EXAMPLES / name), *arguments])
+
+
+def finished(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+
+def address_in(line: str) -> str:
+    """The loopback address that a program says it listens at."""
+    return next(word for word in line.split() if word.startswith("/ip4/127."))
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.name)
+def test_every_example_is_short(file: Path) -> None:
+    assert len(file.read_text().splitlines()) < 60
+
+
+def test_echo() -> None:
+    with example("echo.py") as server:
+        client = finished("echo.py", address_in(server.wait_for_line("/ip4/127.")))
+        assert client.returncode == 0, client.stderr
+        assert "said hello by a path that is direct" in client.stdout
+    nobody = finished("echo.py", "/ip4/127.0.0.1/tcp/1")
+    assert nobody.returncode == 1
+    assert "Connection refused" in nobody.stderr
+
+
+def test_light_peer() -> None:
+    with example("light_peer.py", "kaspa-simnet") as server:
+        address = address_in(server.wait_for_line("listening at"))
+        met = finished("light_peer.py", "kaspa-simnet", address)
+        assert met.returncode == 0, met.stderr
+        assert re.search(
+            r"met /kas-libp2p:[\d.]+/ on kaspa-simnet in /kas-libp2p/messages/1.0.0\nround trip", met.stdout
+        )
+        server.wait_for_line("came direct")
+        wrong = finished("light_peer.py", "kaspa-mainnet", address)
+        assert wrong.returncode == 1
+        assert "wrong network" in wrong.stderr
+
+
+def test_watch() -> None:
+    with (
+        running("listen", "/ip4/127.0.0.1/tcp/0", "--json") as other,
+        example("watch.py", other.address, "/ip4/127.0.0.1/tcp/1") as watch,
+    ):
+        peer = other.started["peer_id"]
+        watch.wait_for_line("answers in")
+        watch.wait_for_line("Connection refused")
+        watch.wait_for_line(f"{peer} is kas-libp2p/")
+        watch.process.send_signal(signal.SIGINT)
+        assert watch.process.wait(PATIENCE) == 0, watch.text
+        assert "1 of 256 connections" in watch.text
+        assert f"  {peer} direct" in watch.text
+
+
+def test_gate(tmp_path: Path) -> None:
+    friend = Identity.generate()
+    friend.save(tmp_path / "friend.key")
+    with example("gate.py", friend.peer_id) as gate:
+        address = address_in(gate.wait_for_line("listening at"))
+        with running("dial", address, "--stay", "--json") as stranger:
+            stranger.wait_for("connected")
+            gate.wait_for_line(f"let in {stranger.started['peer_id']}")
+            refused = run_command("dial", address)
+            assert refused.returncode == Exit.PEER
+            assert "right after the handshake" in refused.stderr
+            gate.wait_for_line("by policy")
+            with running("dial", address, "--stay", "--key", tmp_path / "friend.key", "--json") as friendly:
+                friendly.wait_for("connected")
+            gate.wait_for_line(f"let in {friend.peer_id}")
+
+
+def test_the_snippet_in_readme(tmp_path: Path) -> None:
+    """As it stands, with an address of somebody who echoes in the place of the dots."""
+    section = (ROOT / "README.md").read_text().partition("## In Python")[2]
+    (snippet,) = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
+    with running("listen", "/ip4/127.0.0.1/tcp/0", "--echo", "--json") as other:
+        program, places = re.subn(r'"/ip4/…[^"]*"', f'"{other.address}"', snippet)
+        assert places == 1
+        (tmp_path / "snippet.py").write_text(program)
+        command = [sys.executable, str(tmp_path / "snippet.py")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "direct b'hello'\n"
+
+
+def test_the_bytes_in_messages_protocol() -> None:
+    """A stranger's implementation that is made from the page reads and writes what ours does."""
+    rows = re.findall(r"^\| ((?:`[0-9a-f ]+` ?)+)\| (\w+)", (ROOT / "docs" / "messages-protocol.md").read_text(), re.M)
+    wire = {name: bytes.fromhex(code.replace("`", "")) for code, name in rows}
+    reader = Reader(unpack=_unpacker())
+    messages: list[bytes] = []
+    for name in ("HELLO", "MESSAGE", "BEGIN", "PACKED", "ALIVE", "PROBE", "CLOSE"):
+        reader.feed(wire[name])
+        while not reader.wants_data:
+            messages += (bytes(piece.data) for piece in reader.take(1 << 20))
+    assert b"".join(messages) == b"\x9a\x01\x00" + b"kaspa!" + b"a" * 80
+    hello, alive, probe, close = reader.controls
+    for control, name in ((hello, "HELLO"), (alive, "ALIVE"), (probe, "PROBE"), (close, "CLOSE")):
+        assert encode(control) == wire[name]
+        assert decode(Kind[name], wire[name][4:]) == control
+
+
+def test_the_numbers_in_messages_protocol() -> None:
+    """Every kind and every code has its row, with its number."""
+    text = (ROOT / "docs" / "messages-protocol.md").read_text()
+    for each in (*Kind, *CloseCode):
+        assert re.search(rf"^\| {each.value} \| {each.name} \|", text, re.M), each
+    assert f"bits: {Capability.ZSTD.value} is ZSTD" in text
+
+
+def test_the_commands_in_kas_libp2p() -> None:
+    """The script at the end of docs/kas-libp2p.md names options that there are."""
+    helps = subprocess.run([*COMMAND, "listen", "--help"], capture_output=True, text=True, check=True, timeout=PATIENCE)
+    text = (ROOT / "docs" / "kas-libp2p.md").read_text()
+    for option in re.findall(r"--[a-z]+", helps.stdout):
+        assert option in text, option
