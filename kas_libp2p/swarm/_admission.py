@@ -13,6 +13,10 @@ What is asked, and when
 * The policy, if there is one, last, each time: what is refused by a list never reaches it.
 
 Each refusal is a `Refused` that names the setting.
+
+Places in handshakes are few, and who says nothing holds one until its time is up. So when they are all taken, one is
+given to the newcomer: of the host that has more of them than the newcomer would have, the oldest; else the oldest of
+all, once it has had the time that an honest handshake takes. A crowd of silent strangers keeps nobody out.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from kas_libp2p.config import Limits
 from kas_libp2p.errors import AddressError, ConfigError, Refused
 from kas_libp2p.metadata import Direction, PeerId
 
+HANDSHAKE_GRACE = 2.0
+"""Seconds in which no handshake has to make room for one of another host: two round trips of 500 ms, and a lost SYN."""
 MAX_BANS = 4096
 """Bans held at once. Beyond it the one that ends first is dropped."""
 
@@ -83,11 +89,19 @@ class _Rules:
 
 
 class Ticket:
-    """The places that one connection holds. Made by `Admission`."""
+    """The places that one connection holds. Made by `Admission`.
 
-    __slots__ = ("_admission", "_host", "_open", "_pending", "direction", "ip", "peer")
+    Attributes:
+        direction, ip, peer: as far as they are known.
+        since: when it was given.
+        evict: called if it was taken back for another one's sake, while in its handshake; ``None``: it can't be.
+    """
 
-    def __init__(self, admission: Admission, direction: Direction, ip: str | None, host: str | None) -> None:
+    __slots__ = ("_admission", "_host", "_open", "_pending", "direction", "evict", "ip", "peer", "since")
+
+    def __init__(
+        self, admission: Admission, direction: Direction, ip: str | None, host: str | None, since: float
+    ) -> None:
         self._admission = admission
         self._host = host
         self._pending = True
@@ -95,6 +109,8 @@ class Ticket:
         self.direction = direction
         self.ip = ip
         self.peer: PeerId | None = None
+        self.since = since
+        self.evict: Callable[[], None] | None = None
 
     def establish(self, peer: PeerId, now: float, ip: str | None = None) -> None:
         """The handshake is done. The ticket stays to be released also if this refuses.
@@ -138,7 +154,7 @@ class Admission:
         self._bans: dict[str, float] = {}
         self._total = 0
         self._inbound = 0
-        self._pending_inbound = 0
+        self._shaking: dict[Ticket, None] = {}  # inbound, the oldest first
         self._pending_outbound = 0
         self._per_host: Counter[str] = Counter()
         self._per_peer: Counter[PeerId] = Counter()
@@ -156,8 +172,6 @@ class Admission:
         if self._allow and not self._allow.peers and not self._allow.has_ip(ip):
             raise Refused("allow", f"{ip} is not on the allow list")
         limits = self.limits
-        if self._pending_inbound >= limits.max_pending_inbound:
-            raise Refused("max_pending_inbound", f"{self._pending_inbound} inbound connections are in their handshakes")
         if self._total >= limits.max_connections:
             raise Refused("max_connections", f"there are {self._total} connections")
         if self._inbound >= limits.max_inbound:
@@ -165,10 +179,12 @@ class Admission:
         if host is not None and self._per_host[host] >= limits.max_per_ip:
             raise Refused("max_per_ip", f"there are {self._per_host[host]} connections from {host}")
         self._ask(Candidate(Direction.INBOUND, ip, None))
-        ticket = Ticket(self, Direction.INBOUND, ip, host)
+        if len(self._shaking) >= limits.max_pending_inbound and not self._make_room(host, now):
+            raise Refused("max_pending_inbound", f"{len(self._shaking)} inbound connections are in their handshakes")
+        ticket = Ticket(self, Direction.INBOUND, ip, host, now)
         self._total += 1
         self._inbound += 1
-        self._pending_inbound += 1
+        self._shaking[ticket] = None
         if host is not None:
             self._per_host[host] += 1
         return ticket
@@ -186,7 +202,23 @@ class Admission:
         self._ask(Candidate(Direction.OUTBOUND, None, peer))
         self._total += 1
         self._pending_outbound += 1
-        return Ticket(self, Direction.OUTBOUND, None, None)
+        return Ticket(self, Direction.OUTBOUND, None, None, now)
+
+    def _make_room(self, newcomer: str | None, now: float) -> bool:
+        """Take a place in the handshakes back, if one can be taken in fairness."""
+        shaking = [ticket for ticket in self._shaking if ticket.evict is not None]
+        crowds = Counter(ticket._host for ticket in self._shaking if ticket._host is not None)
+        crowded = max(shaking, key=lambda ticket: crowds[ticket._host or ""], default=None)
+        if crowded is None:
+            return False
+        if crowds[crowded._host or ""] <= crowds[newcomer or ""] + 1:
+            crowded = shaking[0]
+            if now - crowded.since < HANDSHAKE_GRACE:
+                return False
+        assert crowded.evict is not None
+        crowded.evict()
+        crowded.release()
+        return True
 
     def check_address(self, ip: str | None, peer: PeerId | None, now: float) -> None:
         """We are about to dial this IP.
@@ -232,7 +264,7 @@ class Admission:
         if ticket._pending:
             ticket._pending = False
             if ticket.direction is Direction.INBOUND:
-                self._pending_inbound -= 1
+                del self._shaking[ticket]
             else:
                 self._pending_outbound -= 1
 
@@ -292,7 +324,7 @@ class Admission:
         return {
             "max_connections": self._total,
             "max_inbound": self._inbound,
-            "max_pending_inbound": self._pending_inbound,
+            "max_pending_inbound": len(self._shaking),
             "max_per_peer": max(self._per_peer.values(), default=0),
             "max_per_ip": max(self._per_host.values(), default=0),
         }

@@ -324,16 +324,22 @@ class Swarm(BaseSwarm):
                 ticket.release()
                 raw.abort()
                 return
-            self._carrying.start_soon(self._inbound, raw, ticket)
+            handshake = trio.CancelScope()
+            ticket.evict = handshake.cancel
+            self._carrying.start_soon(self._inbound, raw, ticket, handshake)
 
-    async def _inbound(self, raw: RawConnection, ticket: Ticket) -> None:
+    async def _inbound(self, raw: RawConnection, ticket: Ticket, handshake: trio.CancelScope) -> None:
         started = trio.current_time()
         address = raw.remote_address
         try:
             try:
-                connection = await upgrade(
-                    raw, identity=self.identity, initiator=False, expected=None, config=self.config
-                )
+                with handshake:
+                    connection = await upgrade(
+                        raw, identity=self.identity, initiator=False, expected=None, config=self.config
+                    )
+                if handshake.cancel_called:
+                    raw.abort()
+                    raise _evicted()
             except UpgradeError as error:
                 seconds = trio.current_time() - started
                 self.events.emit(UpgradeFailed(address=address, stage=error.stage, reason=str(error), seconds=seconds))
@@ -918,6 +924,12 @@ class Swarm(BaseSwarm):
 
     async def _notify(self, method: str, *args: Any) -> None:
         self._notify_soon(method, *args)
+
+
+def _evicted() -> UpgradeError:
+    error = UpgradeError("max_pending_inbound: it was still shaking hands when another needed the place")
+    error.stage = Stage.LIMITS
+    return error
 
 
 def _rank(connection: SwarmConnection) -> tuple[bool, int, int]:

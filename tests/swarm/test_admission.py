@@ -10,7 +10,7 @@ from kas_libp2p.config import Limits
 from kas_libp2p.errors import AddressError, ConfigError, Refused
 from kas_libp2p.identity import Identity
 from kas_libp2p.metadata import Direction, PeerId
-from kas_libp2p.swarm._admission import MAX_BANS, Admission, Candidate, Ticket
+from kas_libp2p.swarm._admission import HANDSHAKE_GRACE, MAX_BANS, Admission, Candidate, Ticket
 
 ALICE, BOB = (Identity.from_seed(bytes([n]) * 32).peer_id for n in (1, 2))
 NOTHING = {
@@ -57,6 +57,47 @@ def test_established_connections_are_not_pending() -> None:
     admission.admit_inbound("192.0.2.1", 0).establish(ALICE, 0)
     admission.admit_inbound("192.0.2.1", 0)
     assert admission.in_use()["max_pending_inbound"] == 1
+
+
+def shaking(admission: Admission, ip: str, now: float, gone: list[str]) -> Ticket:
+    ticket = admission.admit_inbound(ip, now)
+    ticket.evict = lambda: gone.append(ip)
+    return ticket
+
+
+def test_a_host_that_has_most_places_in_handshakes_gives_its_oldest() -> None:
+    admission, gone = Admission(Limits(max_pending_inbound=6)), list[str]()
+    for ip in ("192.0.2.1", "192.0.2.2", "192.0.2.2", "192.0.2.3", "192.0.2.3", "192.0.2.3"):
+        shaking(admission, ip, 0, gone)
+    shaking(admission, "192.0.2.4", 0, gone)
+    assert gone == ["192.0.2.3"]
+    assert refusal(lambda: admission.admit_inbound("192.0.2.2", 0)) == "max_pending_inbound", "it has as many itself"
+    shaking(admission, "192.0.2.5", 0, gone)
+    assert sorted(gone) == ["192.0.2.2", "192.0.2.3"]
+    assert admission.in_use()["max_pending_inbound"] == 6
+
+
+def test_where_each_host_has_one_place_the_oldest_goes_once_it_had_its_time() -> None:
+    admission, gone = Admission(Limits(max_pending_inbound=3)), list[str]()
+    tickets = [shaking(admission, f"192.0.2.{n}", n / 10, gone) for n in range(3)]
+    assert refusal(lambda: admission.admit_inbound("192.0.2.9", HANDSHAKE_GRACE - 0.01)) == "max_pending_inbound"
+    assert gone == []
+    shaking(admission, "192.0.2.9", HANDSHAKE_GRACE, gone)
+    assert gone == ["192.0.2.0"]
+    tickets[0].release()  # as its own task does in the end
+    assert admission.in_use()["max_pending_inbound"] == 3
+    tickets[1].establish(ALICE, HANDSHAKE_GRACE)
+    shaking(admission, "192.0.2.9", HANDSHAKE_GRACE, gone)
+    assert gone == ["192.0.2.0"], "who is through keeps its place"
+
+
+def test_a_host_without_limit_is_not_crowded() -> None:
+    admission, gone = Admission(Limits(max_pending_inbound=2)), list[str]()
+    for _ in range(2):
+        shaking(admission, "127.0.0.1", 0, gone)
+    assert refusal(lambda: admission.admit_inbound("192.0.2.1", 1)) == "max_pending_inbound"
+    shaking(admission, "192.0.2.1", HANDSHAKE_GRACE, gone)
+    assert gone == ["127.0.0.1"]
 
 
 def test_one_ipv6_network_is_one_host_and_loopback_has_no_limit() -> None:
