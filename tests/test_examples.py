@@ -44,9 +44,6 @@ def test_echo() -> None:
         client = finished("echo.py", address_in(server.wait_for_line("/ip4/127.")))
         assert client.returncode == 0, client.stderr
         assert "said hello by a path that is direct" in client.stdout
-    nobody = finished("echo.py", "/ip4/127.0.0.1/tcp/1")
-    assert nobody.returncode == 1
-    assert "Connection refused" in nobody.stderr
 
 
 def test_light_peer() -> None:
@@ -58,9 +55,6 @@ def test_light_peer() -> None:
             r"met /kas-libp2p:[\d.]+/ on kaspa-simnet in /kas-libp2p/messages/1.0.0\nround trip", met.stdout
         )
         server.wait_for_line("came direct")
-        wrong = finished("light_peer.py", "kaspa-mainnet", address)
-        assert wrong.returncode == 1
-        assert "wrong network" in wrong.stderr
 
 
 def test_watch() -> None:
