@@ -410,12 +410,9 @@ def main() -> None:
     parser.add_argument("--subjects", type=listed(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--figures", type=listed(FIGURES), default=list(FIGURES))
     parser.add_argument("--json", type=Path, help="where every value goes, and the goals")
+    if "--quick" in sys.argv:
+        parser.set_defaults(**QUICK)
     options = parser.parse_args()
-    for name, value in zip(
-        ("rounds", "seconds", "connections"), (2, 0.2, 100) if options.quick else (5, 0.5, 500), strict=True
-    ):
-        if getattr(options, name) is None:
-            setattr(options, name, value)
     rust = None
     if RUST.keys() & options.subjects:
         rust, why = find_rust()
@@ -425,9 +422,8 @@ def main() -> None:
     results = measure(options, Setting(rust) if options.loose else Setting.halves(rust))
     show(results, options.subjects)
     if options.json:
-        goals = [
-            {"goal": str(goal), **dict(zip(("value", "reached"), goal.judge(results), strict=True))} for goal in GOALS
-        ]
+        judged = [(str(goal), *goal.judge(results)) for goal in GOALS]
+        goals = [{"goal": goal, "value": value, "reached": reached} for goal, value, reached in judged]
         options.json.write_text(json.dumps({"values": results.values, "goals": goals}, indent=1), encoding="utf-8")
 
 
