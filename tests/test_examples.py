@@ -134,3 +134,15 @@ def test_the_commands_in_kas_libp2p() -> None:
     text = (ROOT / "docs" / "kas-libp2p.md").read_text()
     for option in re.findall(r"--[a-z]+", helps.stdout):
         assert option in text, option
+
+
+def test_the_tests_in_py_libp2p() -> None:
+    """Every test that docs/py-libp2p.md names is there."""
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "py-libp2p.md").read_text()))
+    there = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)\(", file.read_text())
+    }
+    assert len(named) > 20
+    assert not named - there
