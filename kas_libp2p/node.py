@@ -216,7 +216,8 @@ class Node:
         Raises:
             AddressError: the target is none of these.
             DialError: no address led to the peer.
-            Refused: a list, ban or limit of ours forbids it, or there is a Kaspa stream with the peer already.
+            Refused: a list, ban or limit of ours forbids it, or there is a Kaspa stream with the peer already. One that
+                was closed here counts until the peer has closed it too.
             NegotiationError, UpgradeTimeout, ConnectionLost: no stream could be opened.
         """
         protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
