@@ -271,6 +271,8 @@ def key_import(file: Path, source: str = "-", /, *, json: Json = False) -> None:
 
     try:
         if source == "-":
+            if sys.stdin.isatty():
+                print("the private key in base64, then Enter and Ctrl-D:", file=sys.stderr)
             data = sys.stdin.buffer.read(MAX_KEY + 1)
         else:
             with open(source, "rb") as opened:

@@ -243,6 +243,8 @@ class Report:
         """Print until the events end."""
         async for event in events:
             self._print(event)
+        if self._in_progress:
+            _write("\n")
 
     def interrupted(self) -> None:
         """What comes now begins on a line of its own, not behind the terminal's ``^C``."""
