@@ -41,11 +41,13 @@ class Bridge:
 
 @dataclass(frozen=True, slots=True)
 class Up:
-    """Switch an interface on; a mute one has no IPv6 address of its own making."""
+    """Switch an interface on, without an IPv6 address of its own making.
+
+    Until the kernel has made sure that nobody else has that one, a second later, a router can't ask for its neighbours.
+    """
 
     at: str
     name: str
-    mute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ def plan_site(lab: Lab, number: int) -> Plan:
     steps += [
         Veth(CORE, f"s{number}", WIRES, f"{number}a"),
         Veth(WIRES, f"{number}b", edge, port),
-        *(Up(WIRES, f"{number}{end}", mute=True) for end in "ab"),
+        *(Up(WIRES, f"{number}{end}") for end in "ab"),
         Up(CORE, f"s{number}"),
         Address(CORE, f"s{number}", core_address(number) + "/24"),
         Up(edge, port),
@@ -188,6 +190,7 @@ def plan_site(lab: Lab, number: int) -> Plan:
     steps.append(Route(edge, "default", core_address(number)))
     if site.ipv6 != "none":
         steps.append(Address(CORE, f"s{number}", core_address(number, 6) + "/64"))
+        steps += [Address(CORE, f"s{number}", "fe80::1/64"), Address(edge, port, "fe80::2/64")]
         steps.append(Route(edge, "default", core_address(number, 6)))
     for depth in range(len(site.routers)):
         steps += _router(site, number, depth)
@@ -210,17 +213,21 @@ def _router(site: Site, number: int, depth: int) -> list[Step]:
     steps += [Veth(name, f"p{index}", node, port) for index, (node, port, _) in enumerate(below)]
     ports = tuple(f"p{index}" for index in range(len(below)))
     steps.append(Bridge(name, "lan0", ports))
-    steps += [*(Up(name, each, mute=True) for each in ports), Up(name, "lan0"), Address(name, "lan0", lan4[0] + "/24")]
+    # In this order each interface has a carrier when it goes up, or is told at once; a bridge would be told up to a
+    # second later, and IPv6 waits for that.
+    steps += [*(Up(node, port) for node, port, _ in below), *(Up(name, each) for each in ports)]
+    steps += [Up(name, "lan0"), Address(name, "lan0", lan4[0] + "/24")]
     # A bridge must not hand its frames to the firewall, or hairpinned packets are translated twice.
     steps.append(Sysctl(name, "bridge/bridge-nf-call-iptables", "0", optional=True))
     for index, (node, port, _) in enumerate(below, 1):
-        steps += [Up(node, port), Address(node, port, lan4[index] + "/24"), Route(node, "default", lan4[0])]
+        steps += [Address(node, port, lan4[index] + "/24"), Route(node, "default", lan4[0])]
     if not nats.nat_named(router.nat).translates:
         steps.append(Route(CORE, lan4[0][: -len("1")] + "0/24", site_address(number)))
     if site.ipv6 != "none":
-        steps.append(Address(name, "lan0", lan6[0] + "/64"))
-        for index, (node, port, _) in enumerate(below, 1):
-            steps += [Address(node, port, lan6[index] + "/64"), Route(node, "default", lan6[0])]
+        steps += [Address(name, "lan0", lan6[0] + "/64"), Address(name, "lan0", "fe80::1/64")]
+        for index, (node, port, last) in enumerate(below, 1):
+            steps += [Address(node, port, lan6[index] + "/64"), Address(node, port, f"fe80::{last:x}/64")]
+            steps.append(Route(node, "default", lan6[0]))
         if depth == 0:
             steps.append(Route(CORE, f"2d00:{0x100 + number:x}::/32", site_address(number, 6)))
         if not innermost:

@@ -1,0 +1,708 @@
+"""A lab that runs: its hosts, routers and links, from the process that made it. Any thread may use it.
+
+Nothing here forks: programs and functions are started by processes that were started fresh. Calls take milliseconds,
+except where they wait for a program; a trio or asyncio program puts those into a thread, and takes `Host.socket` for
+what it wants to do itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from . import _channel, _kernel, _remote, _zygote, plan
+from .errors import CommandFailed, LabError, TopologyError, Unsupported
+from .topology import Lab, Link, Site, home, public
+
+T = TypeVar("T")
+
+ANSWER_TIMEOUT = 60.0
+"""Seconds for one change of a lab: a large one takes 2 on a busy machine."""
+COMMAND_TIMEOUT = 60.0
+"""Seconds for a program in a host unless told otherwise: no test should wait longer for a stuck one."""
+END_TIMEOUT = 10.0
+"""Seconds for the lab to be gone; the kernel kills what is left at once."""
+TAIL = 800
+"""Characters of output that an error cites."""
+INSIDE = "NATLAB_HOST"
+"""Environment variable of everything in a host: its name."""
+
+
+def find_nft() -> str:
+    """The path of ``nft``.
+
+    Raises:
+        Unsupported: it is not installed.
+    """
+    path = shutil.which("nft", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if path is None:
+        raise Unsupported("natlab needs nft, which is not here: install the package nftables")
+    return path
+
+
+def _why_not(refusal: str) -> str:
+    """What to do about a system that allows no namespaces."""
+    for key, bad, cure in (
+        ("kernel/unprivileged_userns_clone", "0", "sysctl kernel.unprivileged_userns_clone=1"),
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", "sysctl kernel.apparmor_restrict_unprivileged_userns=0"),
+        ("user/max_user_namespaces", "0", "sysctl user.max_user_namespaces=10000"),
+        ("user/max_net_namespaces", "0", "sysctl user.max_net_namespaces=10000"),
+    ):
+        with contextlib.suppress(OSError):
+            if Path("/proc/sys", key).read_text(encoding="ascii").strip() == bad:
+                return f"this system allows us no namespaces ({refusal}): run as root, or allow them with {cure}"
+    return (
+        f"this system allows us no namespaces ({refusal}): run as root with CAP_SYS_ADMIN, or where user namespaces are"
+        " allowed"
+    )
+
+
+def _check_system() -> str:
+    if sys.platform != "linux":
+        raise Unsupported(f"natlab needs Linux, not {sys.platform}")
+    if inside := os.environ.get(INSIDE):
+        raise LabError(f"this process runs in host {inside} of a lab, and a lab can't hold another: start it outside")
+    release = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    if release < (5, 10):
+        raise Unsupported(f"natlab needs Linux 5.10 or newer, not {os.uname().release}")
+    return find_nft()
+
+
+class Process:
+    """Something that runs in a host. Its output is kept by the lab, whoever reads it or not.
+
+    Attributes:
+        host, name: where, and what it is called in logs.
+        pid: process id, as outside of the lab; also of its group.
+        stdin: to write to, if it was asked for.
+    """
+
+    def __init__(self, host: Host, name: str) -> None:
+        self.host, self.name = host, name
+        self.pid = 0
+        self.stdin: Any = None
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - closed with the lab
+        self._report, self._reporting = os.pipe2(os.O_CLOEXEC)
+        self._status: int | None = None
+        self._lock = threading.Lock()
+
+    def _close(self) -> None:
+        self._out.close()
+        self._err.close()
+        if self.stdin:
+            with contextlib.suppress(OSError):
+                self.stdin.close()
+        with self._lock:
+            self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        for name in ("_report", "_reporting"):
+            fd: int = getattr(self, name)
+            if fd >= 0:
+                os.close(fd)
+                setattr(self, name, -1)
+
+    def _started(self, pid: int) -> None:
+        self.pid = pid
+        os.close(self._reporting)
+        self._reporting = -1
+
+    @property
+    def status(self) -> int | None:
+        """Exit status; negative: the signal that ended it; None: it runs."""
+        with self._lock:
+            if self._status is None and self._report >= 0 and select.select([self._report], [], [], 0)[0]:
+                said = os.read(self._report, 32)
+                self._status = int(said) if said else -signal.SIGKILL  # nobody was left to tell
+                self._stop_waiting()
+            return self._status
+
+    @property
+    def stdout(self) -> str:
+        """Everything it wrote so far."""
+        return _content(self._out).decode(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        return _content(self._err).decode(errors="replace")
+
+    def wait(self, timeout: float | None = COMMAND_TIMEOUT) -> int:
+        """Wait for its end; returns the exit status.
+
+        Raises:
+            LabError: it runs longer.
+        """
+        poll = select.poll()
+        if (report := self._report) >= 0:
+            poll.register(report, select.POLLIN)
+            poll.poll(None if timeout is None else timeout * 1000)
+        status = self.status
+        if status is None:
+            raise LabError(f"{self} did not end within {timeout:g} s{self._tail()}")
+        return status
+
+    def expect(self, pattern: str, timeout: float = COMMAND_TIMEOUT) -> re.Match[str]:
+        """Wait until it has written something that matches a regular expression, to stdout or stderr.
+
+        Raises:
+            LabError: it did not within so many seconds, or ended before.
+        """
+        deadline = time.monotonic() + timeout
+        wanted = re.compile(pattern, re.MULTILINE)
+        with contextlib.ExitStack() as stack:
+            poll = select.poll()
+            for file in (self._out, self._err):
+                watch = _kernel.inotify(f"/proc/self/fd/{file.fileno()}")
+                stack.callback(os.close, watch)
+                poll.register(watch, select.POLLIN)
+            if (report := self._report) >= 0:
+                poll.register(report, select.POLLIN)
+            while True:
+                status = self.status
+                for text in (self.stdout, self.stderr):
+                    if match := wanted.search(text):
+                        return match
+                left = deadline - time.monotonic()
+                if status is not None:
+                    raise LabError(f"{self} ended with status {status} and never wrote {pattern!r}{self._tail()}")
+                if left <= 0:
+                    raise LabError(f"{self} did not write {pattern!r} within {timeout:g} s{self._tail()}")
+                for fd, _ in poll.poll(left * 1000):
+                    if fd != report:
+                        os.read(fd, 65536)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to it and its children; nothing happens if it has ended."""
+        if self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM)."""
+        self.signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and its children, and wait for that."""
+        self.signal(signal.SIGKILL)
+        self.wait(END_TIMEOUT)
+
+    def _tail(self) -> str:
+        said = (self.stdout + self.stderr).strip()
+        return f"; it wrote: …{said[-TAIL:]}" if len(said) > TAIL else f"; it wrote: {said}" if said else ""
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.host.name}"
+
+
+class Call(Process):
+    """A function that runs in a host."""
+
+    def __init__(self, host: Host, name: str) -> None:
+        super().__init__(host, name)
+        self._outcome = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the lab
+
+    def result(self, timeout: float | None = COMMAND_TIMEOUT) -> Any:
+        """Wait for what it returns.
+
+        Raises:
+            LabError: it took longer, or its process was killed.
+            BaseException: what it raised itself.
+        """
+        status = self.wait(timeout)
+        data = _content(self._outcome)
+        if status or not data:
+            raise LabError(f"{self} came to no result, its process ended with status {status}{self._tail()}")
+        return _remote.unpack(data)
+
+    def _close(self) -> None:
+        super()._close()
+        self._outcome.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A program that has run."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def _content(file: Any) -> bytes:
+    fd = file.fileno()
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+class Host:
+    """A namespace of a lab: a host, or a router.
+
+    Attributes:
+        name: as in the topology.
+        address, address6: of its interface; None where it has none.
+        public_address: what the outside sees of it, as long as nobody changes it.
+    """
+
+    def __init__(self, lab: RunningLab, name: str, address: str, address6: str | None, number: int) -> None:
+        self._lab, self.name, self.address, self.address6, self._number = lab, name, address, address6, number
+
+    @property
+    def public_address(self) -> str:
+        return self._lab._wan[self._number]
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        input: str | None = None,
+        timeout: float = COMMAND_TIMEOUT,
+        check: bool = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] = ".",
+    ) -> Completed:
+        """Run a program and wait for its end. A command in one string is split as a shell would, without being one.
+
+        Raises:
+            CommandFailed: its status is not 0 and ``check`` is left on.
+            LabError: it can't be started, or runs longer than ``timeout`` seconds (then it is killed).
+        """
+        process = self.spawn(command, stdin=input is not None, env=env, cwd=cwd)
+        if input is not None:
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(input.encode())
+        try:
+            status = process.wait(timeout)
+        except BaseException:
+            process.kill()
+            raise
+        if check and status:
+            raise CommandFailed(
+                f"{process} failed with status {status}{process._tail()}", status, process.stdout, process.stderr
+            )
+        return Completed(status, process.stdout, process.stderr)
+
+    def spawn(
+        self,
+        command: str | Sequence[str],
+        *,
+        stdin: bool = False,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] = ".",
+    ) -> Process:
+        """Start a program that goes on by itself, until it ends or the lab does.
+
+        Args:
+            stdin: whether to write to it (`Process.stdin`); else it reads nothing.
+            env: on top of our own environment.
+
+        Raises:
+            LabError: it can't be started.
+        """
+        argv = shlex.split(command) if isinstance(command, str) else [os.fspath(each) for each in command]
+        if not argv:
+            raise LabError(f"there is no command to run in {self.name}")
+        process = Process(self, os.path.basename(argv[0]))
+        request = {"name": self.name, "argv": argv, "env": self._env(env), "cwd": os.path.abspath(cwd)}
+        with self._standard(process, stdin) as fds:
+            answer, _ = self._lab._ask("spawn", request, [*fds, process._reporting])
+        process._started(answer["pid"])
+        return process
+
+    @contextlib.contextmanager
+    def _standard(self, process: Process, stdin: bool = False) -> Any:
+        """What a new process gets as standard input, output and error; the lab keeps it, or closes it on failure."""
+        if stdin:
+            theirs, ours = os.pipe2(os.O_CLOEXEC)
+            process.stdin = os.fdopen(ours, "wb", buffering=0)
+        else:
+            theirs = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield theirs, process._out.fileno(), process._err.fileno()
+        except BaseException:
+            process._close()
+            raise
+        finally:
+            os.close(theirs)
+        self._lab._processes.append(process)
+
+    def _env(self, more: Mapping[str, str] | None) -> dict[str, str]:
+        return {**os.environ, **(more or {}), INSIDE: self.name}
+
+    def python(
+        self, function: Callable[..., T], *args: Any, timeout: float | None = COMMAND_TIMEOUT, **keywords: Any
+    ) -> T:
+        """Call a function in the host, in a process of its own, and return what it returns.
+
+        Lambdas and functions inside of functions are fine; an async one is run by trio if this process has that
+        loaded, else by asyncio. What it prints is printed here.
+
+        Raises:
+            LabError: it can't be sent, takes longer than ``timeout`` seconds (then it is killed), or dies.
+            BaseException: what it raises.
+        """
+        call = self.spawn_python(function, *args, **keywords)
+        try:
+            value: T = call.result(timeout)
+            return value
+        finally:
+            if call.status is None:
+                call.kill()
+            sys.stdout.write(call.stdout)
+            sys.stderr.write(call.stderr)
+
+    def spawn_python(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> Call:
+        """Start a function in the host; see `python`, and `Call.result` for what comes of it.
+
+        Raises:
+            LabError: it can't be sent.
+        """
+        data = _remote.pack(function, args, keywords, {INSIDE: self.name})
+        call = Call(self, getattr(function, "__name__", "function"))
+        with tempfile.TemporaryFile() as file, self._standard(call) as standard:
+            file.write(data)
+            file.flush()
+            net = self._lab._namespace(self.name)
+            try:
+                fds = [file.fileno(), call._outcome.fileno(), call._reporting, *standard, net, *self._lab._entrance]
+                pid = _zygote.shared().start(fds)
+            finally:
+                os.close(net)
+        call._started(pid)
+        return call
+
+    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
+        """A new socket that lives in the host, for use by this process: what it sends, the host sends."""
+        request = {"name": self.name, "family": int(family), "kind": int(kind), "protocol": protocol}
+        _, fds = self._lab._ask("socket", request)
+        return socket.socket(fileno=fds[0])
+
+    def kill(self) -> None:
+        """Kill every process in the host."""
+        fd = self._lab._namespace(self.name)
+        try:
+            mine = os.fstat(fd)
+        finally:
+            os.close(fd)
+        while True:  # until nobody is left who could fork
+            found = False
+            for each in os.listdir("/proc"):
+                if not each.isdigit():
+                    continue
+                try:
+                    there = os.stat(f"/proc/{each}/ns/net")
+                    if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+                        os.kill(int(each), signal.SIGKILL)
+                        found = True
+                except OSError:  # it is gone, or not ours
+                    continue
+            if not found:
+                return
+            time.sleep(0.001)  # the dead are in the list until their parent has buried them; nothing tells us
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Router(Host):
+    """A site's router. What a host can, it can too."""
+
+    def __init__(self, lab: RunningLab, name: str, number: int, depth: int) -> None:
+        super().__init__(lab, name, plan.router_address(number, depth), None, number)
+        self._depth = depth
+
+    def reboot(self) -> None:
+        """Forget all mappings and connections, in a moment."""
+        lab = self._lab
+        wan = lab._wan[self._number] if self._depth == 0 else self.address
+        lab._build(plan.plan_reboot(lab.topology, self._number, self._depth, wan))
+
+    def change_address(self) -> str:
+        """Get another public IPv4 address, as from a provider; all connections are forgotten. Returns it.
+
+        Raises:
+            LabError: it is not the site's outer router.
+        """
+        if self._depth:
+            raise LabError(f"{self.name} has no public address: change that of the carrier's router")
+        lab, old = self._lab, self.public_address
+        prefix, _, last = old.rpartition(".")
+        new = f"{prefix}.{int(last) % 250 + 1 if int(last) < 250 else 2}"
+        lab._build(plan.plan_new_address(lab.topology, self._number, old, new))
+        lab._wan[self._number] = self.address = new
+        return new
+
+
+class Line:
+    """The link between a site and the core. ``up`` is from the site, ``down`` to it.
+
+    Attributes:
+        up, down: what it does to packets now; None: cut.
+    """
+
+    def __init__(self, lab: RunningLab, number: int, link: Link) -> None:
+        self._lab, self._number = lab, number
+        self._good = link
+        self.up: Link | None = link
+        self.down: Link | None = link
+
+    def cut(self, direction: str = "both") -> None:
+        """Let nothing pass, also not what is under way: "up", "down" or "both"."""
+        self._set(direction, None)
+
+    def heal(self) -> None:
+        """Be as before the cut."""
+        self._set("both", self._good)
+
+    def set(
+        self,
+        direction: str = "both",
+        *,
+        delay: float | str | None = None,
+        jitter: float | str | None = None,
+        loss: float | str | None = None,
+        rate: float | str | None = None,
+    ) -> None:
+        """Change what is named, for packets from now on; the rest stays. See `Link.of` for units."""
+        wanted = {"delay": delay, "jitter": jitter, "loss": loss, "rate": rate}
+        named = {key: value for key, value in wanted.items() if value is not None}
+        new = Link.of(**named)
+        changes = {key: getattr(new, key) for key in named}
+        old = (self.down if direction == "down" else self.up) or self._good
+        self._set(direction, replace(old, **changes))
+
+    def _set(self, direction: str, link: Link | None) -> None:
+        if direction not in ("up", "down", "both"):
+            raise LabError(f"a link has no direction {direction!r}: it can be up, down or both")
+        up = self.up if direction == "down" else link
+        down = self.down if direction == "up" else link
+        lab = self._lab
+        lab._build(plan.Plan((), (plan.wire_step(lab.topology, self._number, up, down),)))
+        self.up, self.down = up, down
+        if link is not None and direction == "both":
+            self._good = link
+
+
+class RunningLab:
+    """A lab in the kernel. A context manager; it also ends with this process, however that ends.
+
+    Args:
+        topology: what to build; more can be added while it runs.
+
+    Attributes:
+        topology: what there is by now.
+
+    Raises:
+        Unsupported: this system can't hold a lab; the text says what to install or to allow.
+    """
+
+    def __init__(self, topology: Lab | None = None) -> None:
+        nft = _check_system()
+        ours, theirs = socket.socketpair()
+        here = os.path.dirname(os.path.abspath(__file__))
+        # A bare package stands in for ours: importing all of it would take longer than building a lab.
+        code = (
+            f"import sys, types; p = sys.modules['natlab'] = types.ModuleType('natlab'); p.__path__ = [{here!r}];"
+            f"from natlab._helper import main; main({theirs.fileno()}, {nft!r})"
+        )
+        with theirs:
+            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", code],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C in the terminal is for the test, which then ends the lab
+            )
+        self._begin(ours)
+        try:
+            try:
+                answer, fds = _channel.receive(ours)
+            except _channel.Closed as error:
+                raise LabError(f"the lab's process did not start: {error}") from None
+            self._entrance += fds
+            if "unsupported" in answer:
+                raise Unsupported(_why_not(answer["unsupported"]))
+            self.pid = answer["pid"]
+            topology = topology or Lab()
+            self.topology = replace(topology, sites=())
+            self._build(plan.plan_core())
+            self._grow(topology)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, ours: socket.socket) -> None:
+        ours.settimeout(ANSWER_TIMEOUT)
+        self._socket: socket.socket | None = ours
+        self._lock = threading.RLock()
+        self._entrance: list[int] = []
+        self._hosts: dict[str, Host] = {}
+        self._routers: dict[str, Router] = {}
+        self._lines: dict[str, Line] = {}
+        self._wan: dict[int, str] = {}
+        self._processes: list[Process] = []
+        self._captures: dict[str, Any] = {}
+
+    def add(self, site: Site) -> tuple[Host, ...]:
+        """Add a site; returns its hosts.
+
+        Raises:
+            TopologyError: its names are taken.
+        """
+        with self._lock:
+            self._grow(self.topology.with_site(site))
+        return tuple(self._hosts[name] for name in site.hosts)
+
+    def home(self, name: str, nat: str = "pr", **options: Any) -> Host:
+        """Add a site behind NAT, see `natlab.home`; returns its first host."""
+        return self.add(home(name, nat, **options))[0]
+
+    def public(self, name: str, **options: Any) -> Host:
+        """Add a host with a public address, see `natlab.public`."""
+        return self.add(public(name, **options))[0]
+
+    def _grow(self, topology: Lab) -> None:
+        first = len(self.topology.sites) + 1
+        plans = [plan.plan_site(topology, number) for number in range(first, len(topology.sites) + 1)]
+        if plans:
+            self._build(
+                plan.Plan(
+                    tuple(name for each in plans for name in each.namespaces),
+                    tuple(step for each in plans for step in each.steps),
+                )
+            )
+        for number, site in enumerate(topology.sites[first - 1 :], first):
+            self._register(topology, number, site)
+        self.topology = topology
+
+    def _register(self, topology: Lab, number: int, site: Site) -> None:
+        self._wan[number] = plan.site_address(number)
+        for name in site.hosts:
+            address = plan.host_address(topology, name)
+            assert address is not None
+            self._hosts[name] = Host(self, name, address, plan.host_address(topology, name, 6), number)
+        for depth in range(len(site.routers)):
+            name = site.router_name(depth)
+            self._routers[name] = Router(self, name, number, depth)
+        self._lines[site.name] = Line(self, number, topology.link_of(site))
+
+    def __getitem__(self, name: str) -> Host:
+        """A host by its name, or a router (``alice/router``)."""
+        found = self._hosts.get(name) or self._routers.get(name)
+        if found is None:
+            raise TopologyError(f"there is no host {name!r}; there are: {', '.join(self._hosts) or 'none yet'}")
+        return found
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        return tuple(self._hosts.values())
+
+    def router(self, site: str, *, inner: bool = False) -> Router:
+        """A site's outer router, the one that decides; ``inner``: the one at home behind a carrier's."""
+        for each in self.topology.sites:
+            if each.name == site and each.routers:
+                return self._routers[each.router_name(len(each.routers) - 1 if inner else 0)]
+        raise TopologyError(f"there is no site {site!r} with a router")
+
+    def link(self, site: str) -> Line:
+        """The line of a site."""
+        try:
+            return self._lines[site]
+        except KeyError:
+            raise TopologyError(f"there is no site {site!r}; there are: {', '.join(self._lines)}") from None
+
+    def stats(self) -> dict[str, Any]:
+        """What the links that do something carried: frames, lost and overrun per direction; lateness since last time
+        and CPU time of their process, in seconds."""
+        return self._ask("stats", {})[0]
+
+    def capture(self, name: str = plan.CORE) -> None:
+        """Record what passes in a namespace from now on, see `save`. "core" sees every site's line."""
+        if name in self._captures:
+            return
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the lab
+        self._ask("capture", {"name": name}, [file.fileno()])
+        self._captures[name] = file
+
+    def save(self, directory: str | os.PathLike[str]) -> list[Path]:
+        """Write logs and captures into a directory, which is made if need be: ``alice-0-curl.stdout.log``,
+        ``core.pcapng``. Returns the files."""
+        files: dict[str, Any] = {f"{name.replace('/', '-')}.pcapng": file for name, file in self._captures.items()}
+        for number, process in enumerate(self._processes):
+            start = f"{process.host.name.replace('/', '-')}-{number}-{process.name}"
+            files[f"{start}.stdout.log"], files[f"{start}.stderr.log"] = process._out, process._err
+        written = []
+        for name, file in files.items():
+            if content := _content(file):
+                path = Path(directory, re.sub(r"[^\w.-]", "_", name))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                written.append(path)
+        return written
+
+    def entrance(self, name: str) -> list[int]:
+        """File descriptors of the namespaces to enter (``setns``) to be in a host: user, if there is one, PID and
+        network. The caller closes them."""
+        return [*map(os.dup, self._entrance), self._namespace(name)]
+
+    def _namespace(self, name: str) -> int:
+        return self._ask("namespace", {"name": name})[1][0]
+
+    def _build(self, what: plan.Plan) -> None:
+        self._ask("build", what.as_json())
+
+    def _ask(self, what: str, request: dict[str, Any], fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
+        with self._lock:
+            if self._socket is None:
+                raise LabError("the lab is closed")
+            try:
+                _channel.send(self._socket, {**request, "do": what}, fds)
+                answer, got = _channel.receive(self._socket)
+            except _channel.Closed as error:
+                self.close()
+                raise LabError(f"the lab's process is gone: {error}") from None
+        if "error" in answer:
+            raise LabError(answer["error"])
+        return answer, got
+
+    def close(self) -> None:
+        """End the lab with everything in it. Sockets of `Host.socket` stay open until you close them."""
+        with self._lock:
+            if self._socket:
+                self._socket.close()
+                self._socket = None
+        for fd in self._entrance:
+            os.close(fd)
+        self._entrance = []
+        if self._process:
+            try:
+                self._process.wait(END_TIMEOUT)
+            except subprocess.TimeoutExpired:  # pragma: no cover - only if the machine is stuck
+                self._process.kill()
+                self._process.wait()
+        for process in self._processes:
+            process._close()
+        for file in self._captures.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
