@@ -151,7 +151,8 @@ def status(*, data_dir: DataDir = _DATA_DIR, json: Json = False) -> None:
 def peers(*, data_dir: DataDir = _DATA_DIR, json: Json = False) -> None:
     """Who is joined, by which way, since when, and what it carried; and who is not, and why."""
     answer = _ask(data_dir, {"action": "peers"})
-    _tell(answer, json, lambda: views.console().print(views.peers(answer["peers"])))
+    out = views.console()
+    _tell(answer, json, lambda: out.print(views.peers(answer["peers"], out)))
 
 
 @app.command

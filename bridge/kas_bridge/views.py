@@ -59,15 +59,21 @@ def wrapped(line: str, out: Console) -> str:
     return line[:kept] + "\n".join(parts)[kept:]
 
 
+MAX_NAME = 24
+"""Characters of a node's name in a table."""
+
+
 # -- Names ------------------------------------------------------------------------------------------------------------
 
 
 def node_name(node: Values | None) -> str:
-    """``kaspad 2.1.0`` from a node's user agent."""
+    """``kaspad 2.1.0`` from a node's user agent. The agent is the node's own words: it may be long, and no agent."""
     if node is None:
         return "-"
-    name = str(node["agent"]).strip("/").partition(":")[0]
-    return f"{name} {node['version']}" if name and node["version"] != node["agent"] else str(node["agent"]) or "-"
+    agent = str(node["agent"])
+    name = agent.strip("/").partition(":")[0]
+    text = f"{name} {node['version']}" if name and node["version"] != agent else agent
+    return f"{text[: MAX_NAME - 1]}…" if len(text) > MAX_NAME else text or "-"
 
 
 def path_name(row: Values) -> str:
@@ -284,28 +290,16 @@ def _version_of(agent: str) -> str:
 # -- Tables ------------------------------------------------------------------------------------------------------------
 
 
-def peers(rows: list[dict[str, Any]]) -> RenderableType:
-    """The table of ``kas-bridge peers``."""
+def peers(rows: list[dict[str, Any]], out: Console) -> RenderableType:
+    """The table of ``kas-bridge peers``, as wide as where it goes allows."""
     if not rows:
         return Text("nobody is joined, and nobody is kept connected; begin with: kas-bridge connect MULTIADDR")
     parts: list[RenderableType] = []
     joined = [row for row in rows if row["state"] in ("joined", "handshaking")]
     if joined:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for name in ("PEER", "NODE", "PATH", "RTT", "SINCE", "IN", "OUT", "SEEN AS"):
-            table.add_column(name, no_wrap=True, justify="right" if name in ("RTT", "SINCE", "IN", "OUT") else "left")
-        for row in sorted(joined, key=lambda row: -row["since_ms"]):
-            shaking = row["state"] == "handshaking"
-            table.add_row(
-                short(row["peer_id"]),
-                "shaking hands" if shaking else node_name(row["node"]),
-                path_name(row),
-                milliseconds(row["rtt_ms"]),
-                seconds(row["since_ms"] / 1000),
-                size(row["received"]),
-                size(row["sent"]),
-                row["listener"] or row["source"] or "this host",
-            )
+        table = _joined_table(joined)
+        if out.measure(table, options=out.options.update(width=10 * out.width)).maximum > out.width:
+            table = _joined_table(joined, seen_as=False)
         parts.append(table)
         for row in joined:
             if row["also_direct"]:
@@ -331,6 +325,25 @@ def peers(rows: list[dict[str, Any]]) -> RenderableType:
             parts.append(Text(""))
         parts.append(table)
     return Group(*parts)
+
+
+def _joined_table(rows: list[dict[str, Any]], *, seen_as: bool = True) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("PEER", "NODE", "PATH", "RTT", "SINCE", "IN", "OUT", *(["SEEN AS"] if seen_as else [])):
+        table.add_column(name, no_wrap=True, justify="right" if name in ("RTT", "SINCE", "IN", "OUT") else "left")
+    for row in sorted(rows, key=lambda row: -row["since_ms"]):
+        cells = (
+            short(row["peer_id"]),
+            "shaking hands" if row["state"] == "handshaking" else node_name(row["node"]),
+            path_name(row),
+            milliseconds(row["rtt_ms"]),
+            seconds(row["since_ms"] / 1000),
+            size(row["received"]),
+            size(row["sent"]),
+            row["listener"] or row["source"] or "this host",
+        )
+        table.add_row(*cells[: len(table.columns)])
+    return table
 
 
 def status(values: Values) -> list[str]:
