@@ -668,7 +668,9 @@ async def dial_kaspad(address: KaspadAddress, source: str | None) -> trio.Socket
         found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise JoinFailed(Ended(End.UNREACHABLE, Side.US, f"{address.host} does not resolve: {error}")) from error
-    family, kind, protocol, _, target = found[0]
+    # A name such as localhost has IPv6 addresses as well; kaspad listens on IPv4 unless it was told otherwise.
+    wanted = socket.AF_INET6 if source is not None and ":" in source else socket.AF_INET
+    family, kind, protocol, _, target = next((each for each in found if each[0] == wanted), found[0])
     sock = trio.socket.socket(family, kind, protocol)
     try:
         if source is not None:
