@@ -15,6 +15,7 @@ from pathlib import Path
 import trio
 
 from kas_libp2p.errors import ListenError, RemoteProtocolError
+from kas_libp2p.kaspa.sources import PoolExhausted as PoolExhausted
 from kas_libp2p.kaspa.sources import PoolSources
 from kas_libp2p.metadata import OverlayStream, PeerId
 
