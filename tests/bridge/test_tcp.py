@@ -144,7 +144,7 @@ async def test_a_pool_that_is_not_ours_is_told(tmp_path: Path) -> None:
         machine(tmp_path / "b") as (b, _),
         machine(tmp_path / "a", peer=(b.node.addresses[0],), source=("203.0.113.0/24",)) as (a, _),
     ):
-        await until(lambda: a.status()["notes"])
+        await until(lambda: a.peers()[0]["problem"])
         (note,) = a.status()["notes"]
         assert "203.0.113.1 can't be used as a source address" in note["note"]
         assert "--source" in note["help"]
