@@ -93,7 +93,7 @@ async def test_kaspad_sees_each_peer_from_its_own_address(tmp_path: Path) -> Non
         machine(tmp_path / "c") as (c, _),
         machine(tmp_path / "a", peer=(b.node.addresses[0], c.node.addresses[0])) as (a, kaspad_a),
     ):
-        await until(lambda: a.status()["peers"]["joined"] == 2)
+        await until(lambda: a.status()["peers"]["joined"] == 2 and kaspad_a.light.peers)
         # The first is the look: it asks who is there, and stands for no peer.
         assert kaspad_a.seen[0] == "127.0.0.1"
         assert sorted(kaspad_a.seen[1:]) == sorted(row["source"] for row in a.peers()) == ["127.1.0.1", "127.1.0.2"]
