@@ -41,6 +41,9 @@ Component: TypeAlias = tuple[str, str | None]
 MAX_ADDRESS_LENGTH = 1024
 """Bytes or characters of one address: a circuit address with two names of 255 and two peer ids has about 700."""
 
+RECENT = 64
+"""Addresses and peer ids whose other form is kept: a dial reads the same few again and again, some ten times each."""
+
 MAX_PEER_ID_LENGTH = 128
 """Characters of one peer id: base58 of the 42 bytes an inline key may have needs 60, in CID form 73."""
 
@@ -85,6 +88,7 @@ _SPECIAL_USE = ("localhost", "local", "internal", "invalid", "test", "example", 
 # Peer ids
 
 
+@functools.lru_cache(RECENT)
 def parse_peer_id(text: str) -> PeerId:
     """Read a peer id: base58btc (``12D3KooW…``, ``Qm…``), or a CIDv1 in base32, base36 or base58btc (``bafz…``).
 
@@ -99,6 +103,7 @@ def parse_peer_id(text: str) -> PeerId:
         raise AddressError(f"{_short(text)} is no peer id: {_reason(error)}") from None
 
 
+@functools.lru_cache(RECENT)
 def peer_id_from_bytes(data: bytes) -> PeerId:
     """The peer id with this multihash, as it stands in protobuf fields.
 
@@ -183,6 +188,7 @@ def join(parts: Iterable[Component]) -> Multiaddr:
     return Multiaddr(_encode(tuple(parts)))
 
 
+@functools.lru_cache(RECENT)
 def _from_text(text: str) -> Multiaddr:
     if len(text) > MAX_ADDRESS_LENGTH:
         raise AddressError(f"{_short(text)} is no multiaddr: longer than {MAX_ADDRESS_LENGTH} characters")
@@ -215,6 +221,7 @@ def _pairs(parts: list[str]) -> tuple[Component, ...]:
     return tuple(pairs)
 
 
+@functools.lru_cache(RECENT)
 def _encode(pairs: tuple[Component, ...]) -> bytes:
     return b"".join(_encode_component(name, value) for name, value in pairs)
 
