@@ -6,15 +6,17 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
+import trio
 
-from kas_libp2p.cli import Exit
+from kas_libp2p import Config, KasError, Node, OverlayStream, open_node
 from kas_libp2p.identity import Identity
 from kas_libp2p.kaspa._messages import Capability, CloseCode, Kind, Reader, decode, encode
 from kas_libp2p.kaspa.messages import _unpacker
-from tests.command import COMMAND, PATIENCE, Running, run_command, running
+from tests.command import COMMAND, PATIENCE, Running
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -24,9 +26,16 @@ def example(name: str, *arguments: str) -> Running:
     return Running([sys.executable, str(EXAMPLES / name), *arguments])
 
 
-def finished(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+
+def finished(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(str(EXAMPLES / name), *arguments)
+
+
+in_thread = trio.to_thread.run_sync
 
 
 def address_in(line: str) -> str:
@@ -57,48 +66,51 @@ def test_light_peer() -> None:
         server.wait_for_line("came direct")
 
 
-def test_watch() -> None:
-    with (
-        running("listen", "/ip4/127.0.0.1/tcp/0", "--json") as other,
-        example("watch.py", other.address, "/ip4/127.0.0.1/tcp/1") as watch,
-    ):
-        peer = other.started["peer_id"]
-        watch.wait_for_line("answers in")
-        watch.wait_for_line("Connection refused")
-        watch.wait_for_line(f"{peer} is kas-libp2p/")
-        watch.process.send_signal(signal.SIGINT)
-        assert watch.process.wait(PATIENCE) == 0, watch.text
-        assert "1 of 256 connections" in watch.text
-        assert f"  {peer} direct" in watch.text
+def node(identity: Identity | None = None, *listen: str) -> AbstractAsyncContextManager[Node]:
+    """A node in this process: who is not under test need not be started."""
+    return open_node(Config(listen=listen), identity=identity)
 
 
-def test_gate(tmp_path: Path) -> None:
-    friend = Identity.generate()
-    friend.save(tmp_path / "friend.key")
-    with example("gate.py", friend.peer_id) as gate:
-        address = address_in(gate.wait_for_line("listening at"))
-        with running("dial", address, "--stay", "--json") as stranger:
-            stranger.wait_for("connected")
-            gate.wait_for_line(f"let in {stranger.started['peer_id']}")
-            refused = run_command("dial", address)
-            assert refused.returncode == Exit.PEER
-            assert "right after the handshake" in refused.stderr
-            gate.wait_for_line("by policy")
-            with running("dial", address, "--stay", "--key", tmp_path / "friend.key", "--json") as friendly:
-                friendly.wait_for("connected")
-            gate.wait_for_line(f"let in {friend.peer_id}")
+async def test_watch() -> None:
+    async with node(None, "/ip4/127.0.0.1/tcp/0") as other:
+        with example("watch.py", other.addresses[0], "/ip4/127.0.0.1/tcp/1") as watch:
+            for part in ("answers in", "Connection refused", f"{other.peer_id} is kas-libp2p/"):
+                await in_thread(watch.wait_for_line, part)
+            watch.process.send_signal(signal.SIGINT)
+            assert await in_thread(watch.process.wait, PATIENCE) == 0, watch.text
+            assert "1 of 256 connections" in watch.text
+            assert f"  {other.peer_id} direct" in watch.text
 
 
-def test_the_snippet_in_readme(tmp_path: Path) -> None:
+async def test_gate() -> None:
+    friend_key = Identity.generate()
+    with example("gate.py", friend_key.peer_id) as gate:
+        address = address_in(await in_thread(gate.wait_for_line, "listening at"))
+        async with node() as stranger, node() as another, node(friend_key) as friend:
+            await stranger.ping(address)
+            await in_thread(gate.wait_for_line, f"let in {stranger.peer_id}")
+            with pytest.raises(KasError):
+                await another.ping(address)
+            await in_thread(gate.wait_for_line, "by policy")
+            await friend.ping(address)
+            await in_thread(gate.wait_for_line, f"let in {friend.peer_id}")
+
+
+async def echo(stream: OverlayStream) -> None:
+    async for data in stream:
+        await stream.send_all(data)
+
+
+async def test_the_snippet_in_readme(tmp_path: Path) -> None:
     """As it stands, with an address of somebody who echoes in the place of the dots."""
     section = (ROOT / "README.md").read_text().partition("## In Python")[2]
     (snippet,) = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
-    with running("listen", "/ip4/127.0.0.1/tcp/0", "--echo", "--json") as other:
-        program, places = re.subn(r'"/ip4/…[^"]*"', f'"{other.address}"', snippet)
+    async with node(None, "/ip4/127.0.0.1/tcp/0") as other:
+        await other.serve(echo, "/echo/1.0.0")
+        program, places = re.subn(r'"/ip4/…[^"]*"', f'"{other.addresses[0]}"', snippet)
         assert places == 1
         (tmp_path / "snippet.py").write_text(program)
-        command = [sys.executable, str(tmp_path / "snippet.py")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+        done = await in_thread(run, str(tmp_path / "snippet.py"))
     assert done.returncode == 0, done.stderr
     assert done.stdout == "direct b'hello'\n"
 
