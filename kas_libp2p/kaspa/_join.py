@@ -20,6 +20,7 @@ This module knows of Kaspa's messages what stands in Version and Reject, and the
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -507,31 +508,38 @@ class Pending:
     Args:
         in_all: places; kaspad has 32, and other peers of it want some.
         per_source: places for one source address; kaspad has 2.
+        per_host: places for one remote host, so that one that makes up peers without end leaves some for others.
     """
 
-    def __init__(self, *, in_all: int = 16, per_source: int = 2) -> None:
+    def __init__(self, *, in_all: int = 16, per_source: int = 2, per_host: int = 4) -> None:
         self._in_all = in_all
         self._per_source = per_source
-        self._by_source: dict[str | None, int] = {}
+        self._per_host = per_host
+        self._by_source: Counter[str | None] = Counter()
+        self._by_host: Counter[str] = Counter()
         self.count = 0
 
-    def take(self, source: str | None) -> bool:
-        """Take a place if there is one."""
-        here = self._by_source.get(source, 0)
-        if self.count >= self._in_all or here >= self._per_source:
+    def take(self, source: str | None, host: str | None = None) -> bool:
+        """Take a place if there is one.
+
+        Args:
+            source: the address from which kaspad will see the peer.
+            host: where the peer is; ``None`` if that is not known, or no matter.
+        """
+        full = self.count >= self._in_all or self._by_source[source] >= self._per_source
+        if full or (host is not None and self._by_host[host] >= self._per_host):
             return False
         self.count += 1
-        self._by_source[source] = here + 1
+        self._by_source[source] += 1
+        if host is not None:
+            self._by_host[host] += 1
         return True
 
-    def give_back(self, source: str | None) -> None:
+    def give_back(self, source: str | None, host: str | None = None) -> None:
         """The handshake is over, one way or the other."""
         self.count -= 1
-        here = self._by_source[source] - 1
-        if here:
-            self._by_source[source] = here
-        else:
-            del self._by_source[source]
+        self._by_source -= Counter([source])  # what is zero is forgotten
+        self._by_host -= Counter([host] if host is not None else [])
 
 
 def backoff(attempt: int) -> float:

@@ -23,7 +23,9 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
+from kas_libp2p import addresses
 from kas_libp2p.errors import (
+    AddressError,
     GrpcError,
     KasError,
     LocalProtocolError,
@@ -63,7 +65,7 @@ from kas_libp2p.kaspa.grpc import GrpcChannel
 from kas_libp2p.kaspa.messages import MessagesChannel, PathHung, PeerClosed, UploadCap
 from kas_libp2p.kaspa.pump import Flow, Pump, PumpEnd, Stuck
 from kas_libp2p.kaspa.sources import PoolExhausted, Sources
-from kas_libp2p.metadata import Dialect, Direction, OverlayStream, PeerId
+from kas_libp2p.metadata import Dialect, Direction, OverlayStream, PathKind, PeerId, TransportMetadata
 
 __all__ = [
     "End",
@@ -112,6 +114,8 @@ class JoinSettings:
         max_joined: peers joined at once; below kaspad's inbound slots (128), as it evicts at random above them.
         max_pending: handshakes that kaspad has not finished, in all; kaspad has 32 places.
         max_pending_per_source: the same for one source address; kaspad has 2.
+        max_pending_per_host: the same for the peers of one remote host (an IPv6 /64 counts as one). Those of an honest
+            one, which take some milliseconds each, have them in turns.
         patience: how long each step of a handshake may take.
         kaspad_stuck_after: seconds for which a kaspad that is alive may take no data.
         max_message: bytes of one Kaspa message.
@@ -122,6 +126,7 @@ class JoinSettings:
     max_joined: int = 64
     max_pending: int = 16
     max_pending_per_source: int = 2
+    max_pending_per_host: int = 4
     patience: Patience = field(default_factory=Patience)
     kaspad_stuck_after: float = 30.0
     max_message: int = MAX_MESSAGE
@@ -234,7 +239,11 @@ class Joiner:
         self._events = events
         self._open_kaspad = open_kaspad or default_open_kaspad
         self._peers: dict[PeerId, Joined] = {}
-        self._pending = Pending(in_all=self.settings.max_pending, per_source=self.settings.max_pending_per_source)
+        self._pending = Pending(
+            in_all=self.settings.max_pending,
+            per_source=self.settings.max_pending_per_source,
+            per_host=self.settings.max_pending_per_host,
+        )
         self._place_free = trio.lowlevel.ParkingLot()
         self._stopped = False
 
@@ -350,7 +359,7 @@ class Joiner:
             await self._admit(joined)
             async with AsyncExitStack() as stack:
                 joined.source = stack.enter_context(self.sources.lease(joined.peer))
-                place = _Place(self, joined.source)
+                place = _Place(self, joined.source, _host_of(joined.stream.metadata))
                 stack.callback(place.leave)
                 kaspad = await self._meet(joined, overlay, nursery, stack, place)
                 watch = _Handshake(self, joined, place, on_ready)
@@ -599,15 +608,16 @@ class Joiner:
 class _Place:
     """A place among the pending handshakes of a joiner, held until both nodes are ready or it is over."""
 
-    def __init__(self, joiner: Joiner, source: str | None) -> None:
+    def __init__(self, joiner: Joiner, source: str | None, host: str | None) -> None:
         self._joiner = joiner
         self._source = source
+        self._host = host
         self._held = False
 
     async def enter(self, until: float, joined: Joined) -> None:
         joiner = self._joiner
         with trio.move_on_at(until) as scope:
-            while not joiner._pending.take(self._source):
+            while not joiner._pending.take(self._source, self._host):
                 await joiner._place_free.park()
             self._held = True
         if scope.cancelled_caught:
@@ -617,8 +627,18 @@ class _Place:
     def leave(self) -> None:
         if self._held:
             self._held = False
-            self._joiner._pending.give_back(self._source)
+            self._joiner._pending.give_back(self._source, self._host)
             self._joiner._place_free.unpark_all()
+
+
+def _host_of(metadata: TransportMetadata) -> str | None:
+    """The host at the other end; ``None`` for this one, and behind a relay, where nobody knows it."""
+    try:
+        if metadata.path.kind is PathKind.RELAYED or addresses.is_loopback(metadata.remote_address):
+            return None
+        return addresses.subnet_key(metadata.remote_address)
+    except AddressError:
+        return None
 
 
 class _Handshake:

@@ -86,10 +86,10 @@ class House:
         self._strangers += 1
         return Identity.from_seed(self._strangers.to_bytes(32, "big"))
 
-    async def pipe(self) -> MemoryRaw:
+    async def pipe(self, ip: str | None = None) -> MemoryRaw:
         """A TCP connection to the node, from an address of its own."""
         self._strangers += 1
-        return await self.internet.host(f"11.1.{self._strangers}.1").dial(addresses.parse(ADDRESS))
+        return await self.internet.host(ip or f"11.1.{self._strangers}.1").dial(addresses.parse(ADDRESS))
 
     async def foreign(self) -> Foreign:
         """A stranger that has shaken hands, and says whatever the test wants in place of Yamux."""
@@ -97,10 +97,18 @@ class House:
         await foreign.shake_first()
         return foreign
 
-    async def connected(self, on_stream: Callable[[YamuxStream], None] | None = None) -> Connection:
-        """A stranger whose Noise and Yamux are in order. Left out: it answers no stream."""
+    async def connected(
+        self, on_stream: Callable[[YamuxStream], None] | None = None, *, ip: str | None = None
+    ) -> Connection:
+        """A stranger whose Noise and Yamux are in order.
+
+        Args:
+            on_stream: takes the node's streams. Left out: they are not answered.
+            ip: where it is.
+        """
+        raw = await self.pipe(ip)
         connection = await upgrade(
-            await self.pipe(), identity=self.stranger(), initiator=True, expected=self.node.peer_id, config=Config()
+            raw, identity=self.stranger(), initiator=True, expected=self.node.peer_id, config=Config()
         )
         self.nursery.start_soon(connection.run, on_stream or _ignore)
         await trio.sleep(2 * DELAY)
@@ -158,4 +166,6 @@ async def besieged() -> AsyncIterator[House]:
         await trio.sleep(10 * DELAY)
         assert await h.friend_is_served() == pytest.approx(alone)
         assert h.of(InternalError) == h.of(HandlerFailed) == []
+        await trio.sleep(10)
         assert h.joiner.pending == 0
+        assert h.kaspad.pending == []

@@ -12,6 +12,7 @@ from kas_libp2p.errors import Stage
 from kas_libp2p.events import InboundRefused, LimitHit, UpgradeFailed
 from kas_libp2p.metadata import Dialect
 from tests.abuse.house import ADDRESS, DELAY, ECHO, besieged, house
+from tests.abuse.test_stalls import in_messages, version
 
 LIMITS = Config().limits
 
@@ -103,6 +104,15 @@ async def test_a_peer_has_one_kaspa_stream(autojump_clock: MockClock) -> None:
         hits = h.node.status().limit_hits
         assert hits["one_kaspa_stream"] == 9
         await trio.sleep(1.5)
+
+
+async def test_made_up_peers_of_one_host_leave_places_in_kaspad_s_handshakes(autojump_clock: MockClock) -> None:
+    """Each of them says Version and no more, and so would hold one of 16 places for 4 s."""
+    async with besieged() as h:
+        for number in range(LIMITS.max_per_ip):
+            await in_messages(await h.connected(ip="12.0.0.1"), [version(number + 1)])
+        await trio.sleep(5 * DELAY)
+        assert h.joiner.pending == h.joiner.settings.max_pending_per_host
 
 
 async def test_peers_that_come_and_go_are_forgotten(autojump_clock: MockClock) -> None:

@@ -240,6 +240,17 @@ def test_places_are_never_exceeded(moves: list[tuple[str | None, bool]]) -> None
         assert pending.count == len(held)
 
 
+def test_one_host_leaves_places_for_others() -> None:
+    pending = Pending(in_all=5, per_source=2, per_host=3)
+    assert [pending.take(str(n), "192.0.2.1") for n in range(4)] == [True, True, True, False]
+    assert pending.take("9", "192.0.2.2")
+    assert pending.take("10", None), "a host that nobody knows has no limit"
+    for n in range(3):
+        pending.give_back(str(n), "192.0.2.1")
+    assert pending.take("1", "192.0.2.1")
+    assert pending.count == 3
+
+
 def test_backoff_grows_and_stays_short() -> None:
     assert [backoff(n) for n in range(6)] == [0.02, 0.04, 0.08, 0.16, 0.16, 0.16]
     assert backoff(1000) == 0.16
