@@ -20,7 +20,7 @@ from rich.text import Text
 
 from kas_bridge import views
 from kas_bridge.config import CONFIG_FILE, ENVIRONMENT_PREFIX, Settings, check_environment, default_data_dir, read_file
-from kas_libp2p.errors import KasError
+from kas_libp2p.errors import ConfigError, KasError
 
 T = TypeVar("T")
 
@@ -136,6 +136,8 @@ def run(
 
     try:
         _run(lambda: serve(settings, as_json=json, verbose=verbose))
+    except ConfigError as error:
+        _fail(error, MISUSED)
     except KasError as error:
         _fail(error)
 
