@@ -265,7 +265,7 @@ def _read_addresses(listed: Iterable[bytes], peer: PeerId) -> tuple[str, ...]:
             owner = addr.peer_of(address)
             if owner not in (None, peer) or addr.is_wildcard(address):
                 continue
-            found[str(addr.without_peer(address))] = None
+            found[addr.text_of(addr.without_peer(address))] = None
         except AddressError:
             continue
     return tuple(found)
@@ -275,7 +275,7 @@ def _read_observed(data: bytes) -> str | None:
     if not data:
         return None
     try:
-        return str(addr.parse(data))
+        return addr.text_of(addr.parse(data))
     except AddressError:
         return None
 

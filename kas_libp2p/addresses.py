@@ -189,6 +189,12 @@ def join(parts: Iterable[Component]) -> Multiaddr:
 
 
 @functools.lru_cache(RECENT)
+def text_of(address: Multiaddr) -> str:
+    """The address as text. ``str`` gives the same, and works it out anew each time."""
+    return str(address)
+
+
+@functools.lru_cache(RECENT)
 def _from_text(text: str) -> Multiaddr:
     if len(text) > MAX_ADDRESS_LENGTH:
         raise AddressError(f"{_short(text)} is no multiaddr: longer than {MAX_ADDRESS_LENGTH} characters")

@@ -613,7 +613,7 @@ class Swarm(BaseSwarm):
         """
         if peer == self.peer:
             raise DialError(str(peer), hint="that is this node itself")
-        wanted = tuple(dict.fromkeys(str(_of_peer(address, peer)) for address in to))
+        wanted = tuple(dict.fromkeys(addresses.text_of(_of_peer(address, peer)) for address in to))
         if peer is None and len(wanted) != 1:
             raise AddressError("without a peer id exactly one address can be dialed")
         key = (peer or wanted[0], fresh)
@@ -736,7 +736,7 @@ class Swarm(BaseSwarm):
         where = addresses.ip_port(address)
         if where is None:
             raise AddressError("only TCP over IPv4 or IPv6 can be dialed")
-        if str(addresses.without_peer(address)) in self._last_addresses:
+        if addresses.text_of(addresses.without_peer(address)) in self._last_addresses:
             raise AddressError("that is this node itself")
         self.admission.check_address(where[0].partition("%")[0], peer, trio.current_time())
 
