@@ -20,9 +20,9 @@ from kas_libp2p.errors import ListenError
 from kas_libp2p.events import Subscription
 from kas_libp2p.node import open_node
 
-STOP_HARD = 1.8
-"""Seconds from the wish to stop until whatever is left is cut: what an operator, and a service manager, is promised is
-two."""
+STOP_HARD = 1.4
+"""Seconds from the wish to stop until whatever is left is cut: an operator, and a service manager, is promised two, and
+the interpreter's own end takes its part on a small machine."""
 
 FIRST_LOOK = 2.0
 """Seconds that the start-up text waits for what kaspad says."""
