@@ -276,6 +276,7 @@ class GrpcMachine:
         inbox = self._http2.inbox
         view = memoryview(inbox.popleft())
         position, end, left = 0, len(view), limit
+        most = self.settings.max_message
         while position < end and left > 0 and self._unpacker is None:
             if self._remaining:
                 data = view[position : position + self._remaining]
@@ -286,7 +287,7 @@ class GrpcMachine:
                     self._packed += data
                     left -= length
                     if not self._remaining:
-                        self._unpacker = Unpacker(self._packed, self.settings.max_message)
+                        self._unpacker = Unpacker(self._packed, most)
                         self._packed = None
                 else:
                     pieces.append(Piece(data, self._remaining, self._fresh, self._size))
@@ -304,10 +305,12 @@ class GrpcMachine:
                     break
                 flag, size = _PREFIX.unpack(self._prefix)
                 self._prefix = b""
-            self._begin(flag, size)
-            if not size:
-                pieces.append(Piece(b"", 0, True, 0))
-                left -= PIECE_COST
+            if not flag and size <= most and size <= end - position:
+                pieces.append(Piece(view[position : position + size], 0, True, size))
+                position += size
+                left -= size + PIECE_COST
+            else:
+                self._begin(flag, size)
         self._http2.consumed(position)
         if position < end:
             inbox.appendleft(view[position:])
