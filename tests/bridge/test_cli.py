@@ -24,8 +24,8 @@ from kas_libp2p.kaspa.peer import LightPeer
 
 NETWORK = "kaspa-simnet"
 COMMAND = (sys.executable, "-m", "kas_bridge")
-STOP_TIME = 3.0
-"""Seconds. Two are promised; the third is for a machine that does other work beside the tests."""
+STOP_TIME = 2.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+"""Seconds. Two are promised, on a machine that is not busy with more than it can do."""
 
 
 def free_port() -> int:
@@ -111,7 +111,7 @@ async def light_kaspad() -> AsyncIterator[tuple[LightPeer, int]]:
 
 async def timed_end(process: trio.Process) -> float:
     begun = time.monotonic()
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         await process.wait()
     return time.monotonic() - begun
 
