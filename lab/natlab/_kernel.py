@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
+import struct
+from collections.abc import Callable
 
 CLONE_NEWUSER = 0x1000_0000
 CLONE_NEWPID = 0x2000_0000
@@ -63,6 +66,25 @@ class Timer:
         spec.at_s = int(at)
         spec.at_ns = int((at - spec.at_s) * 1e9)
         self._set(self.fd, 1, self._pointer, None)  # TFD_TIMER_ABSTIME
+
+
+def _packet_address(interface: int, protocol: int) -> ctypes.Array[ctypes.c_char]:
+    """``struct sockaddr_ll``."""
+    packed = struct.pack("=HHiHBB8x", socket.AF_PACKET, socket.htons(protocol), interface, 0, 0, 0)
+    return ctypes.create_string_buffer(packed, len(packed))
+
+
+def bind_packets(fd: int) -> None:
+    """Have a packet socket get the frames of all interfaces, which `socket.bind` knows no name for."""
+    address = _packet_address(0, 3)  # ETH_P_ALL
+    _check(_libc.bind(fd, ctypes.byref(address), len(address)))
+
+
+def packet_sender(fd: int, interface: int) -> Callable[[bytes], int]:
+    """What sends a frame from an interface without waiting; returns how many bytes, or less than 0."""
+    address = _packet_address(interface, 0)
+    size, sendto, pointer = len(address), _libc.sendto, ctypes.byref(address)
+    return lambda frame: int(sendto(fd, frame, len(frame), 0x40, pointer, size))  # MSG_DONTWAIT
 
 
 def inotify(path: str) -> int:

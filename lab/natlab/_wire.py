@@ -11,6 +11,7 @@ which only root could ask for.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import heapq
 import mmap
@@ -21,6 +22,8 @@ import signal
 import socket
 import struct
 import time
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import _channel, _kernel
@@ -33,13 +36,12 @@ BATCH = 64
 """Frames read from one side before those that are due are sent, so that no one waits for long."""
 
 _SLOT = 2048
-_SLOTS = 4096
+_SLOTS = 8192
 _BLOCK = 1 << 16
 _SOL_PACKET, _RX_RING, _VERSION, _IGNORE_OUTGOING = 263, 5, 10, 23
-_ETH_P_ALL = 3
 _STATUS_USER = 1
-_HEADER = struct.Struct("=IIIH")
-"""The start of ``struct tpacket2_hdr``: status, length, captured length, where the frame starts."""
+_HEADER = struct.Struct("=IIIH22xi")
+"""``struct tpacket2_hdr``: status, length, captured length, where the frame starts; then ``sockaddr_ll``: interface."""
 
 
 class Schedule:
@@ -87,66 +89,80 @@ def is_neighbour(frame: bytes) -> bool:
 class _Direction:
     """One way through a link: frames from an interface, to the other when their time has come."""
 
-    def __init__(self, source: str, target: str, seed: str) -> None:
+    def __init__(self, ring: _Ring, source: str, target: str, seed: str) -> None:
         self.schedule = Schedule(seed)
+        self.source = socket.if_nametoindex(source)
         self.open = True
         self.held = 0
         self.frames = self.lost = 0
-        self._in = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
-        self._in.setsockopt(_SOL_PACKET, _VERSION, 1)
-        self._in.setsockopt(_SOL_PACKET, _IGNORE_OUTGOING, 1)
-        blocks = _SLOT * _SLOTS // _BLOCK
-        self._in.setsockopt(_SOL_PACKET, _RX_RING, struct.pack("=IIII", _BLOCK, blocks, _SLOT, _SLOTS))
-        self._ring = mmap.mmap(self._in.fileno(), _SLOT * _SLOTS)
-        self._in.bind((source, _ETH_P_ALL))
-        self._slot = 0
-        self._out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
-        self._out.bind((target, 0))
-        self.fd = self._in.fileno()
-        self._send = self._out.send
+        self._send = ring.sender(socket.if_nametoindex(target))
 
-    def read(self, heap: list[tuple[float, int, _Direction, bytes]], number: int) -> int:
-        """Take what has arrived; returns the number for the next frame, which keeps equal times in order."""
-        ring, due, unpack = self._ring, self.schedule.due, _HEADER.unpack_from
-        now = time.monotonic()
-        for _ in range(BATCH):
-            base = self._slot * _SLOT
-            status, _, size, start = unpack(ring, base)
-            if not status & _STATUS_USER:
-                break
-            frame = ring[base + start : base + start + size]
-            ring[base : base + 4] = b"\0\0\0\0"
-            self._slot = (self._slot + 1) % _SLOTS
-            if is_neighbour(frame):
-                self.send(frame)
-                continue
-            at = due(now, size)
-            if at is None or self.held > HELD_BYTES:
-                self.lost += 1
-                continue
-            self.held += size
-            number += 1
-            heapq.heappush(heap, (at, number, self, frame))
-        return number
+    def take(self, now: float, frame: bytes) -> float | None:
+        """The time at which a frame that has come is to be sent; None: never, or it already was."""
+        if is_neighbour(frame):
+            self.send(frame)
+            return None
+        size = len(frame)
+        at = self.schedule.due(now, size)
+        if at is None or self.held > HELD_BYTES:
+            self.lost += 1
+            return None
+        self.held += size
+        return at
 
     def send(self, frame: bytes) -> None:
-        try:
-            self._send(frame)
+        if self._send(frame) == len(frame):
             self.frames += 1
-        except OSError:  # the interface is being taken apart, or its queue is full, which is a loss like any other
+        else:  # the interface is being taken apart, or its queue is full, which is a loss like any other
             self.lost += 1
 
-    def overrun(self) -> int:
-        """Frames that found the ring full since the last look."""
-        dropped: int = struct.unpack("=II", self._in.getsockopt(_SOL_PACKET, 6, 8))[1]  # PACKET_STATISTICS
-        return dropped
 
-    def close(self) -> None:
-        """What is under way is lost, as on a cable that is cut."""
-        self.open = False
-        self._ring.close()
-        self._in.close()
-        self._out.close()
+class _Ring:
+    """One packet socket for all interfaces of the namespace, with memory that the kernel puts frames into.
+
+    One, because the kernel takes tens of milliseconds to end each. A filter keeps out what plain links carry.
+    """
+
+    def __init__(self) -> None:
+        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
+        self.socket.setsockopt(_SOL_PACKET, _VERSION, 1)
+        self.socket.setsockopt(_SOL_PACKET, _IGNORE_OUTGOING, 1)
+        blocks = _SLOT * _SLOTS // _BLOCK
+        self.socket.setsockopt(_SOL_PACKET, _RX_RING, struct.pack("=IIII", _BLOCK, blocks, _SLOT, _SLOTS))
+        self._memory = mmap.mmap(self.socket.fileno(), _SLOT * _SLOTS)
+        self._slot = 0
+        self.listen_to([])
+        _kernel.bind_packets(self.socket.fileno())
+
+    def listen_to(self, interfaces: list[int]) -> None:
+        """Take frames of these interfaces only: a classic BPF program that compares the frame's interface."""
+        load = (0x20, 0, 0, 0xFFFFF000 + 8)  # the interface's number, an ancillary word of every packet
+        tests = [step for each in interfaces for step in ((0x15, 0, 1, each), (0x06, 0, 0, _SLOT))]
+        program = [load, *tests, (0x06, 0, 0, 0)]
+        code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
+        self.socket.setsockopt(socket.SOL_SOCKET, 26, struct.pack("@HP", len(program), ctypes.addressof(code)))
+
+    def read(self) -> Iterator[tuple[int, bytes]]:
+        """What has come, in order: the number of the interface, and the frame."""
+        memory, unpack = self._memory, _HEADER.unpack_from
+        for _ in range(BATCH):
+            base = self._slot * _SLOT
+            status, _, size, start, interface = unpack(memory, base)
+            if not status & _STATUS_USER:
+                return
+            frame = memory[base + start : base + start + size]
+            memory[base : base + 4] = b"\0\0\0\0"
+            self._slot = (self._slot + 1) % _SLOTS
+            yield interface, frame
+
+    def sender(self, interface: int) -> Callable[[bytes], int]:
+        """What sends a frame from an interface, and returns its size; `socket.sendto` would look up the name."""
+        return _kernel.packet_sender(self.socket.fileno(), interface)
+
+    def overrun(self) -> int:
+        """Frames that found the memory full since the last look."""
+        dropped: int = struct.unpack("=II", self.socket.getsockopt(_SOL_PACKET, 6, 8))[1]  # PACKET_STATISTICS
+        return dropped
 
 
 def serve(control: socket.socket) -> None:
@@ -155,14 +171,15 @@ def serve(control: socket.socket) -> None:
     with contextlib.suppress(PermissionError):  # a path costs no CPU; where we may, go before those whom we join
         os.setpriority(os.PRIO_PROCESS, 0, -15)
     gc.disable()  # nothing here makes cycles, and a collection is a jitter of its own
+    ring = _Ring()
     directions: dict[str, _Direction] = {}
-    by_fd: dict[int, _Direction] = {}
+    by_source: dict[int, _Direction] = {}
     heap: list[tuple[float, int, _Direction, bytes]] = []
     number, late, armed = 0, 0.0, 0.0
     timer = _kernel.Timer()
     poll = select.epoll()
-    poll.register(control.fileno(), select.EPOLLIN)
-    poll.register(timer.fd, select.EPOLLIN)
+    for fd in (control.fileno(), timer.fd, ring.socket.fileno()):
+        poll.register(fd, select.EPOLLIN)
     while True:
         soonest = heap[0][0] if heap else 0.0
         if soonest != armed:
@@ -171,8 +188,6 @@ def serve(control: socket.socket) -> None:
         for fd, _ in poll.poll():
             if fd == timer.fd:
                 armed = -1.0
-            elif direction := by_fd.get(fd):
-                number = direction.read(heap, number)
             elif fd == control.fileno():
                 try:
                     request, _ = _channel.receive(control)
@@ -180,17 +195,23 @@ def serve(control: socket.socket) -> None:
                     return
                 answer: dict[str, Any] = {}
                 if "stats" in request:
-                    answer = {
-                        key: {"frames": each.frames, "lost": each.lost, "overrun": each.overrun()}
-                        for key, each in directions.items()
-                    } | {"late": late, "cpu": time.process_time()}
+                    answer = {key: {"frames": each.frames, "lost": each.lost} for key, each in directions.items()}
+                    answer |= {"overrun": ring.overrun(), "late": late, "cpu": time.process_time()}
                     late = 0.0
                 else:
                     try:
-                        _set(request, directions, by_fd, poll)
+                        _set(request, directions, ring)
                     except OSError as error:
                         answer = {"error": f"the wire {request['key']} can't be set: {error}"}
+                    by_source = {each.source: each for each in directions.values()}
+                    ring.listen_to(list(by_source))
                 _channel.send(control, answer)
+            else:
+                now = time.monotonic()
+                for interface, frame in ring.read():
+                    if (direction := by_source.get(interface)) and (at := direction.take(now, frame)) is not None:
+                        number += 1  # keeps equal times in order
+                        heapq.heappush(heap, (at, number, direction, frame))
         now = time.monotonic()
         while heap and heap[0][0] <= now:
             at, _, direction, frame = heapq.heappop(heap)
@@ -202,22 +223,15 @@ def serve(control: socket.socket) -> None:
                     late = now - at
 
 
-def _set(
-    request: dict[str, Any], directions: dict[str, _Direction], by_fd: dict[int, _Direction], poll: select.epoll
-) -> None:
+def _set(request: dict[str, Any], directions: dict[str, _Direction], ring: _Ring) -> None:
     key, link = request["key"], request["link"]
-    direction = directions.get(key)
     if link is None:
-        if direction:
-            poll.unregister(direction.fd)
-            del directions[key], by_fd[direction.fd]
-            direction.close()
+        if direction := directions.pop(key, None):
+            direction.open = False  # what is under way is lost, as on a cable that is cut
         return
-    if direction is None:
-        direction = directions[key] = _Direction(request["source"], request["target"], request["seed"])
-        by_fd[direction.fd] = direction
-        poll.register(direction.fd, select.EPOLLIN)
-    direction.schedule.set(link["delay"], link["jitter"], link["loss"], link["rate"])
+    if key not in directions:
+        directions[key] = _Direction(ring, request["source"], request["target"], request["seed"])
+    directions[key].schedule.set(link["delay"], link["jitter"], link["loss"], link["rate"])
 
 
 def start(namespace: int) -> tuple[int, socket.socket]:
@@ -234,5 +248,7 @@ def start(namespace: int) -> tuple[int, socket.socket]:
         ours.close()
         _kernel.setns(namespace, _kernel.CLONE_NEWNET)
         serve(theirs)
+    except BaseException:  # noqa: BLE001 - whatever it is, this child ends here
+        traceback.print_exc()
     finally:
         os._exit(0)

@@ -165,24 +165,27 @@ class Promise:
 
     mapping: Mapping
     filtering: Filtering
-    keeps_port: bool
+    port: Port
     unsolicited_tcp: str
     unsolicited_udp: str
 
 
 def promise_of(name: str) -> Promise:
-    """What the type promises to a prober; of two routers the outer one dominates.
+    """What the type promises to a prober.
 
-    A port that nobody listens on is refused by the host itself where nothing filters, so ``open`` promises what
-    ``pr-rst`` does.
+    Of two routers the outer one decides, except that the home router behind it also filters. Where nothing filters, a
+    port that nobody listens on is refused by the host itself. A hash can't be told from any other change of the port.
     """
-    nat = nat_named(chain_of(name)[0])
+    chain = chain_of(name)
+    nat = nat_named(chain[0])
+    strictest = max((nat_named(each).filtering for each in chain), key=list(Filtering).index)
+    port = Port.CHANGE if nat.port is Port.HASH else nat.port
     tcp, udp = {
         Refusal.DROP: ("dropped", "dropped"),
         Refusal.RST: ("refused", "refused"),
         Refusal.ICMP: ("prohibited", "prohibited"),
     }[nat.refusal]
-    return Promise(nat.mapping, nat.filtering, nat.port is Port.KEEP, tcp, udp)
+    return Promise(nat.mapping, strictest, port, tcp, udp)
 
 
 def ruleset(

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import select
 import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ from typing import Any, Self, TypeVar
 
 from . import _channel, _kernel, _remote, _zygote, plan
 from .errors import CommandFailed, LabError, TopologyError, Unsupported
-from .topology import Lab, Link, Site, home, public
+from .topology import Lab, Link, Site, home, lab_as_json, lab_from_json, public
 
 T = TypeVar("T")
 
@@ -497,20 +499,33 @@ class Line:
             self._good = link
 
 
+def _abstract(id: str) -> str:
+    """The address of a detached lab in the abstract namespace of Unix sockets."""
+    return f"\0natlab-{os.getuid()}-{id}"
+
+
+def detached() -> list[str]:
+    """The names of this user's labs that were left running."""
+    listening = re.compile(rf"@natlab-{os.getuid()}-([0-9a-f]+)$", re.MULTILINE)
+    return sorted(set(listening.findall(Path("/proc/net/unix").read_text(encoding="ascii", errors="replace"))))
+
+
 class RunningLab:
     """A lab in the kernel. A context manager; it also ends with this process, however that ends.
 
     Args:
         topology: what to build; more can be added while it runs.
+        quiet: keep what the lab's own processes have to complain about to themselves.
 
     Attributes:
         topology: what there is by now.
+        pid: of the lab's first process.
 
     Raises:
         Unsupported: this system can't hold a lab; the text says what to install or to allow.
     """
 
-    def __init__(self, topology: Lab | None = None) -> None:
+    def __init__(self, topology: Lab | None = None, *, quiet: bool = False) -> None:
         nft = _check_system()
         ours, theirs = socket.socketpair()
         here = os.path.dirname(os.path.abspath(__file__))
@@ -525,6 +540,7 @@ class RunningLab:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL if quiet else None,
                 start_new_session=True,  # a Ctrl-C in the terminal is for the test, which then ends the lab
             )
         self._begin(ours)
@@ -544,6 +560,55 @@ class RunningLab:
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def attach(cls, id: str) -> Self:
+        """A lab that `detach` left running. Closing it leaves it so; `down` ends it.
+
+        Raises:
+            LabError: there is none of this name, or it is not ours.
+        """
+        ours = socket.socket(socket.AF_UNIX)
+        try:
+            ours.connect(_abstract(id))
+        except OSError:
+            ours.close()
+            known = ", ".join(detached()) or "none"
+            raise LabError(f"there is no lab {id!r} of yours; there are: {known}") from None
+        self = cls.__new__(cls)
+        self._process = None
+        self._begin(ours)
+        try:
+            _, uid, _ = struct.unpack("=iII", ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if uid != os.getuid():
+                raise LabError(f"the lab {id!r} is of another user")
+            answer, self._entrance = _channel.receive(ours)
+            self.pid = answer["pid"]
+            self.topology = lab_from_json(answer["note"])
+            for number, site in enumerate(self.topology.sites, 1):
+                self._register(self.topology, number, site)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def detach(self) -> str:
+        """Leave the lab running when this process ends; returns a name for `attach`, which this user alone may use."""
+        id = secrets.token_hex(2)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(_abstract(id))  # no file: the name is gone with the lab
+            listener.listen()
+            self._ask("detach", {"note": lab_as_json(self.topology)}, [listener.fileno()])
+        self._process = None
+        return id
+
+    def down(self) -> None:
+        """End a lab that was detached."""
+        with self._lock, contextlib.suppress(_channel.Closed):
+            if self._socket:
+                _channel.send(self._socket, {"do": "down"})
+                _channel.receive(self._socket)  # it hangs up
+        self.close()
 
     def _begin(self, ours: socket.socket) -> None:
         ours.settimeout(ANSWER_TIMEOUT)
@@ -626,8 +691,9 @@ class RunningLab:
             raise TopologyError(f"there is no site {site!r}; there are: {', '.join(self._lines)}") from None
 
     def stats(self) -> dict[str, Any]:
-        """What the links that do something carried: frames, lost and overrun per direction; lateness since last time
-        and CPU time of their process, in seconds."""
+        """What the links that do something carried: ``{"1up": {"frames": 3, "lost": 0}, …}`` by the site's number and
+        direction; ``overrun``, frames that came faster than they could be read since last time (0, or a measurement
+        means nothing); ``late`` and ``cpu``, seconds by which the latest was late since last time, and of CPU time."""
         return self._ask("stats", {})[0]
 
     def capture(self, name: str = plan.CORE) -> None:

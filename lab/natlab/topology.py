@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping as MappingABC
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -377,3 +377,18 @@ def _lab_from_file(path: Path) -> Lab:
     if rest:
         raise TopologyError(f"{path}: [wan] has no {sorted(rest)[0]!r}; there are: {', '.join(sorted(_LINK_KEYS))}")
     return Lab(tuple(sites), link or Link(), int(content.get("seed", 0)))
+
+
+def lab_as_json(lab: Lab) -> dict[str, Any]:
+    """A lab for a program to read; `lab_from_json` makes it again."""
+    return asdict(lab)
+
+
+def lab_from_json(data: MappingABC[str, Any]) -> Lab:
+    """The lab that `lab_as_json` described."""
+    sites = []
+    for site in data["sites"]:
+        routers = tuple(Router(**{**each, "services": tuple(each["services"])}) for each in site["routers"])
+        link = None if site["link"] is None else Link(**site["link"])
+        sites.append(Site(**{**site, "hosts": tuple(site["hosts"]), "routers": routers, "link": link}))
+    return Lab(tuple(sites), Link(**data["wan"]), data["seed"])
