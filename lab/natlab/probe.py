@@ -30,7 +30,7 @@ from .nat import TYPES, Filtering, Mapping, Port, promise_of
 
 PATIENCE = 0.5
 """Seconds after which silence counts as such, on top of four times the round trip."""
-ANSWER_TIMEOUT = 5.0
+ANSWER_TIMEOUT = 3.0
 """Seconds for an answer that has to come."""
 TRIES = 3
 """Times that a UDP request is sent."""

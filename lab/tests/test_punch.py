@@ -1,0 +1,68 @@
+"""Hole punching: the law, and samples of it in the kernel. `natlab matrix` does all."""
+
+import random
+
+import pytest
+
+from natlab import matrix
+from natlab.nat import TYPES
+from natlab.punch import Group, expected, group_of, punch
+from natlab.reflector import add_reflector
+
+
+def test_groups():
+    table = {name: group_of(name).name for name in TYPES}
+    assert table == {
+        **dict.fromkeys(("open", "fc", "fcx", "ar"), "G1"),
+        **dict.fromkeys(("fw", "pr", "eimx", "cgn-fc", "cgn-fcx", "cgn-ar", "cgn-pr", "cgn-eimx"), "G2"),
+        **dict.fromkeys(("pr-rst", "pr-icmp", "naive", "cgn-pr-rst", "cgn-pr-icmp", "cgn-naive"), "G3"),
+        **dict.fromkeys(("adm", "sym", "symseq", "symblk"), "G4"),
+        **dict.fromkeys(("cgn-adm", "cgn-sym", "cgn-symseq", "cgn-symblk"), "G4"),
+    }
+
+
+@pytest.mark.parametrize("a", matrix.TYPES)
+@pytest.mark.parametrize("b", matrix.TYPES)
+def test_the_law_is_the_same_seen_from_the_other_side(a, b):
+    for protocol in ("tcp", "udp"):
+        for skew in matrix.SKEWS:
+            assert expected(a, b, protocol, skew) == expected(b, a, protocol, -skew)
+
+
+def test_the_law_is_the_table():
+    assert {
+        (one, two): [expected(a, b, skew=skew) for skew in matrix.SKEWS]
+        for one, a in zip(Group, ("fc", "pr", "pr-rst", "sym"), strict=True)
+        for two, b in zip(Group, ("fc", "pr", "pr-rst", "sym"), strict=True)
+        if one <= two
+    } == {
+        (Group.G1, Group.G1): [True] * 5,
+        (Group.G1, Group.G2): [True] * 5,
+        (Group.G1, Group.G3): [True] * 5,
+        (Group.G1, Group.G4): [True] * 5,
+        (Group.G2, Group.G2): [True] * 5,
+        (Group.G2, Group.G3): [True, True, True, False, True],  # also if the one that refuses is first
+        (Group.G2, Group.G4): [False] * 5,
+        (Group.G3, Group.G3): [True, True, True, False, False],
+        (Group.G3, Group.G4): [False] * 5,
+        (Group.G4, Group.G4): [False] * 5,
+    }
+
+
+def test_one_of_each_group_against_each():
+    types = ("fc", "pr-rst", "sym")
+    cells = matrix.measure(types, protocols=["tcp"], skews=[0.0, 0.06])
+    cells += matrix.measure(types, protocols=["udp"], skews=[0.0])
+    assert [cell for cell in cells if cell.seen != cell.expected] == []
+    lines = list(matrix.render(cells, types))
+    assert "  G3: G1 100, G3 cross, G4 0" in lines
+    assert lines.count("every trial as expected") == 2
+
+
+@pytest.mark.natlab("alice=pr", "bob=pr-rst", wan="25ms")
+def test_who_is_refused_may_try_again(lab):
+    server = add_reflector(lab)
+    lab.link("reflector").set(delay=0)
+    alice, bob = lab["alice"], lab["bob"]
+    assert not punch(alice, bob, server, skew=0.1, port=20000).succeeded
+    assert punch(alice, bob, server, skew=0.1, port=20001, retry=random.Random(1)).succeeded
