@@ -8,11 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import trio
 
 from kas_bridge.simnet import measure
 from kas_bridge.simnet.bridges import BridgeLink, Bridges
-from kas_bridge.simnet.measure import Pair
+from kas_bridge.simnet.measure import Pair, blocks_at, reach, state_of
 from kas_bridge.simnet.mine import FULL, Chain, filled_chain
 from kas_bridge.simnet.node import SimnetNode
 from kas_bridge.simnet.wire import Wire
@@ -32,25 +31,6 @@ async def joined(chain: Chain, kaspad: Path, wire: Wire | None = None) -> AsyncI
     way = Bridges()
     async with measure.pair_of(chain, kaspad, way, wire) as pair, way.prepare(pair) as link:
         yield pair, link
-
-
-async def blocks_at(node: SimnetNode) -> int:
-    async with node.rpc() as rpc:
-        return int((await rpc.get_block_dag_info()).blockCount)
-
-
-async def reach(node: SimnetNode, blocks: int) -> None:
-    """Wait until a node has so many blocks."""
-    with trio.fail_after(120):
-        async with node.rpc() as rpc:
-            while (await rpc.get_block_dag_info()).blockCount < blocks:  # noqa: ASYNC110 - another process's state
-                await trio.sleep(0.01)
-
-
-async def state_of(node: SimnetNode) -> tuple[str, int, int, tuple[str, ...]]:
-    async with node.rpc() as rpc:
-        info = await rpc.get_block_dag_info()
-        return info.sink, info.blockCount, info.virtualDaaScore, tuple(sorted(info.tipHashes))
 
 
 async def test_an_empty_node_syncs_and_follows(kaspad: Path, chain: Chain) -> None:

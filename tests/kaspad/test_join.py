@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+from kas_bridge.simnet.measure import blocks_at, reach
 from kas_bridge.simnet.mine import Miner
 from kas_bridge.simnet.node import SimnetNode
 from kas_libp2p.errors import GrpcError
@@ -64,18 +65,6 @@ async def linked(link: Link) -> AsyncIterator[Link]:
         nursery.start_soon(link.run)
         yield link
         nursery.cancel_scope.cancel()
-
-
-async def blocks_at(node: SimnetNode) -> int:
-    async with node.rpc() as rpc:
-        return int((await rpc.get_block_dag_info()).blockCount)
-
-
-async def reach(node: SimnetNode, blocks: int) -> None:
-    with trio.fail_after(PLENTY):
-        async with node.rpc() as rpc:
-            while (await rpc.get_block_dag_info()).blockCount < blocks:  # noqa: ASYNC110 - another process's state
-                await trio.sleep(0.01)
 
 
 async def sink_of(node: SimnetNode) -> str:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.kaspad
 
 
 def test_quantiles() -> None:
-    outcome = Live(way="", delay=0, size=0, rate=10, latencies=[4, 1, 3, 2], cpu={})
+    outcome = Live(way="", delay=0, size=0, rate=10, latencies=[4, 1, 3, 2], cpu={}, others=0)
     assert [outcome.quantile(share) for share in (0.0, 0.25, 0.5, 0.51, 0.99, 1.0)] == [1, 1, 2, 3, 4, 4]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import socket
 import tempfile
 import threading
@@ -33,6 +34,8 @@ POLL = 0.05
 """Seconds between two looks at a syncing node. Each costs either side half a millisecond of CPU."""
 SYNC_TIMEOUT = 600.0
 """Seconds for one sync; ten times what the slowest one took (plain TCP, 100 ms each way, busy machine)."""
+REACH_TIMEOUT = 120.0
+"""Seconds for a part of a sync. After a process was killed it takes 15 at most until it goes on."""
 ARRIVAL_TIMEOUT = 30.0
 """Seconds for one live block."""
 
@@ -55,9 +58,15 @@ class Pair:
         self.others: dict[str, Process] = {}
 
     def cpu(self) -> dict[str, float]:
-        """Seconds of CPU so far, by process."""
+        """Seconds of CPU so far, by process, and what the whole machine took: ``machine``."""
         processes = {"kaspad source": self.source.process, "kaspad target": self.target.process, **self.others}
-        return {name: process.cpu() for name, process in processes.items()}
+        return {name: process.cpu() for name, process in processes.items()} | {"machine": machine_cpu()}
+
+
+def machine_cpu() -> float:
+    """Seconds of CPU that this machine's processes took since it started, in all."""
+    user, nice, system = Path("/proc/stat").read_text(encoding="ascii").split(maxsplit=4)[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class Way(ABC):
@@ -115,6 +124,7 @@ class Sync:
         blocks, bytes: what was synced; bytes of transactions.
         wire: bytes on the wire, both directions with all headers; ``None`` on loopback.
         cpu: seconds of CPU by process.
+        others: cores that everything else on this machine kept busy meanwhile: above 0.2 the figures are disturbed.
     """
 
     way: str
@@ -124,6 +134,7 @@ class Sync:
     bytes: int
     wire: int | None
     cpu: Mapping[str, float]
+    others: float
 
     @property
     def rate(self) -> float:
@@ -141,6 +152,7 @@ class Live:
         rate: blocks per second that were made.
         latencies: seconds from the block being added at the source to it being added at the target, one per block.
         cpu: share of one core by process (0.03 is 3 %).
+        others: as in `Sync`.
     """
 
     way: str
@@ -149,6 +161,7 @@ class Live:
     rate: float
     latencies: Sequence[float] = field(repr=False)
     cpu: Mapping[str, float]
+    others: float
 
     def quantile(self, share: float) -> float:
         """The latency that this share of the blocks did not exceed."""
@@ -172,6 +185,31 @@ async def pair_of(chain: Chain, kaspad: Path, way: Way, wire: Wire | None = None
             ) as target,
         ):
             yield Pair(source, target, wire, folder)
+
+
+async def blocks_at(node: SimnetNode) -> int:
+    """How many blocks a node has, bodies included."""
+    async with node.rpc() as rpc:
+        return int((await rpc.get_block_dag_info()).blockCount)
+
+
+async def reach(node: SimnetNode, blocks: int) -> None:
+    """Wait until a node has so many blocks.
+
+    Raises:
+        trio.TooSlowError: it had not in `REACH_TIMEOUT` seconds.
+    """
+    with trio.fail_after(REACH_TIMEOUT):
+        async with node.rpc() as rpc:
+            while (await rpc.get_block_dag_info()).blockCount < blocks:  # noqa: ASYNC110 - another process's state
+                await trio.sleep(0.01)
+
+
+async def state_of(node: SimnetNode) -> tuple[str, int, int, tuple[str, ...]]:
+    """What two nodes that are in sync have in common: sink, blocks, virtual DAA score, tips."""
+    async with node.rpc() as rpc:
+        info = await rpc.get_block_dag_info()
+        return info.sink, info.blockCount, info.virtualDaaScore, tuple(sorted(info.tipHashes))
 
 
 async def wait_synced(pair: Pair, progress: Progress = quiet) -> int:
@@ -224,7 +262,7 @@ async def timed_sync(chain: Chain, pair: Pair, way: Way, link: Link, delay: floa
         nursery.start_soon(link.connect)
         blocks = await wait_synced(pair, progress)
         seconds = time.monotonic() - begun
-    after = pair.cpu()
+    used, others = _used(cpu, pair.cpu(), seconds)
     stats = wire.stats() if wire else None
     if stats and stats.dropped:
         raise RuntimeError(f"the wire lost {stats.dropped} frames")
@@ -235,8 +273,15 @@ async def timed_sync(chain: Chain, pair: Pair, way: Way, link: Link, delay: floa
         blocks=blocks,
         bytes=chain.bytes,
         wire=sum(stats.bytes) - carried if stats else None,
-        cpu={name: after[name] - cpu.get(name, 0.0) for name in after},
+        cpu={name: each * seconds for name, each in used.items()},
+        others=others,
     )
+
+
+def _used(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> tuple[dict[str, float], float]:
+    """Cores that each process used between two looks, and all others together."""
+    used = {name: (each - before.get(name, 0.0)) / seconds for name, each in after.items()}
+    return used, max(0.0, used.pop("machine") - sum(used.values()))
 
 
 async def live(
@@ -296,7 +341,7 @@ async def live(
                     await arrived.wait()
                 progress("live blocks", number + 1, count)
             elapsed = time.monotonic() - begun
-            after = pair.cpu()
+            used, others = _used(cpu, pair.cpu(), elapsed)
             nursery.cancel_scope.cancel()
     return Live(
         way=way.name,
@@ -304,7 +349,8 @@ async def live(
         size=size,
         rate=count / elapsed,
         latencies=latencies,
-        cpu={name: (after[name] - cpu[name]) / elapsed for name in after},
+        cpu=used,
+        others=others,
     )
 
 
