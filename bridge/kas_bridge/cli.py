@@ -184,7 +184,7 @@ def connect(multiaddr: str, *, data_dir: DataDir = _DATA_DIR, json: Json = False
         elif answer["kaspad"] != "up":
             _print(f"{name} is kept connected, as soon as kaspad is there (kas-bridge status).")
         else:
-            _print(f"{name} is kept connected until the bridge stops; see kas-bridge why {answer['peer_id'][8:16]}")
+            _print(f"{name} is kept connected until the bridge stops; see kas-bridge why {answer['peer_id'][:12]}")
 
     _tell(answer, json, show)
 
@@ -354,6 +354,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"{_words(error)} (see kas-bridge --help)", MISUSED)
     except KasError as error:
         _fail(error, MISUSED)
+    except BrokenPipeError:
+        # Whoever read the output has had enough of it; nothing may be written at the interpreter's end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
 
 
 def _words(error: cyclopts.CycloptsError) -> str:

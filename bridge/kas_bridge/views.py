@@ -93,7 +93,7 @@ def kaspad_line(kaspad: Values, *, first: bool = True) -> list[str]:
         if rpc and rpc["synced"] is not None:
             line += ", synced" if rpc["synced"] else ", not synced yet"
         if first and not kaspad["problem"]:
-            line += "; its flags are fine as they are"
+            line += "; its flags are fine"
         lines = [line]
         if kaspad["problem"]:
             lines += [f"but {kaspad['problem']}", f"what helps: {kaspad['help']}"]

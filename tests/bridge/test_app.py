@@ -469,16 +469,16 @@ async def test_a_ban_ends_and_keeps_out(target: str, tmp_path: Path, autojump_cl
         a, b = await joined(w)
         await trio.sleep(100)
         entry = {"peer": str(a.peer), "ip": "10.0.0.2", "network": "10.0.0.0/30"}[target]
-        answer = await b.bridge.ban(entry, seconds=3600, reason="rude")
+        answer = await b.bridge.ban(entry, seconds=600, reason="rude")
         assert answer["ended"] == [a.peer]
         assert not is_joined(b, a)
-        await trio.sleep(1000)
+        await trio.sleep(300)
         assert not is_joined(b, a)
         assert not is_joined(a, b)
         assert b.bridge.status()["bans"][0]["reason"] == "rude"
         assert b.bridge.status()["limit_hits"]["policy"] >= 1
         # It ends by itself, and the peer is asked again by itself.
-        assert await until(lambda: is_joined(b, a), 4000, step=5) > 2000
+        assert await until(lambda: is_joined(b, a), 400, step=1) > 250
 
 
 async def test_a_ban_also_ends_our_own_attempts(tmp_path: Path, autojump_clock: MockClock) -> None:
