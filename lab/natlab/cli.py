@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--types", default=",".join(matrix.TYPES), help="separated by commas; default: %(default)s")
     grid.add_argument("--protocol", choices=("tcp", "udp", "both"), default="both")
     grid.add_argument(
-        "--skews", default="0ms,10ms,-10ms,60ms,-60ms", help="by how much one begins later; default: %(default)s"
+        "--skews", default="0ms,10ms,-10ms,90ms,-90ms", help="by how much one begins later; default: %(default)s"
     )
     grid.add_argument("--retry", action="store_true", help="try again when refused, at random within 10 to 100 ms")
 

@@ -20,9 +20,9 @@ TYPES = (
     *("sym", "symseq", "cgn-sym"),
 )
 """The types of the table unless others are asked for, by group."""
-DELAY = 0.025
+DELAY = 0.04
 """Seconds one way between the two. Below 0.02 a refusal comes back before the other side could have begun."""
-SKEWS = (0.0, 0.01, -0.01, 0.06, -0.06)
+SKEWS = (0.0, 0.01, -0.01, 0.09, -0.09)
 """Seconds by which one begins after the other: three where the first packets cross, two where they do not."""
 SLACK = 0.008
 """Seconds by which a skew may be missed on a busy machine; then the trial is done again."""

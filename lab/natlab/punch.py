@@ -57,7 +57,7 @@ def group_of(type: str) -> Group:
     return Group.G2 if nats[0].refusal is Refusal.DROP else Group.G3
 
 
-def expected(a: str, b: str, protocol: str = "tcp", skew: float = 0.0, delay: float = 0.025) -> bool:
+def expected(a: str, b: str, protocol: str = "tcp", skew: float = 0.0, delay: float = 0.04) -> bool:
     """Whether a punch between two types succeeds.
 
     Args:

@@ -599,7 +599,9 @@ class RunningLab:
             listener.bind(_abstract(id))  # no file: the name is gone with the lab
             listener.listen()
             self._ask("detach", {"note": lab_as_json(self.topology)}, [listener.fileno()])
-        self._process = None
+        if self._process:
+            self._process.returncode = 0  # it goes on without us: there is nothing to wait for, nor to warn of
+            self._process = None
         return id
 
     def down(self) -> None:
