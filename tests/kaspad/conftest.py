@@ -42,3 +42,9 @@ async def make_node(kaspad: Path) -> AsyncIterator[MakeNode]:
 async def chain(kaspad: Path) -> Chain:
     """A small chain with filled blocks (20 of 240 kB), made once and kept in the cache."""
     return await filled_chain(kaspad, full=20)
+
+
+@pytest.fixture
+async def long_chain(kaspad: Path) -> Chain:
+    """Long enough to be cut in the middle: 1312 blocks, 300 of them filled, 72 MB."""
+    return await filled_chain(kaspad, full=300)

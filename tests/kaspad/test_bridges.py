@@ -12,17 +12,11 @@ import pytest
 from kas_bridge.simnet import measure
 from kas_bridge.simnet.bridges import BridgeLink, Bridges
 from kas_bridge.simnet.measure import Pair, blocks_at, reach, state_of
-from kas_bridge.simnet.mine import FULL, Chain, filled_chain
+from kas_bridge.simnet.mine import FULL, Chain
 from kas_bridge.simnet.node import SimnetNode
 from kas_bridge.simnet.wire import Wire
 
 pytestmark = pytest.mark.kaspad
-
-
-@pytest.fixture
-async def long_chain(kaspad: Path) -> Chain:
-    """Long enough to be cut in the middle: 300 filled blocks, 72 MB."""
-    return await filled_chain(kaspad, full=300)
 
 
 @asynccontextmanager
