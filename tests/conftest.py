@@ -1,8 +1,8 @@
 """The same schedule in every run: what a test sees does not depend on luck.
 
 trio runs the tasks that are ready in random order, which finds tests and code that rely on an order, on somebody else's
-machine and never again. Here the order is drawn from a seed, so that what fails fails again. ``KAS_TEST_SEED=7
-scripts/test`` draws another one.
+machine and never again. Here the order is drawn from a seed, and so are hypothesis' examples, so that what fails fails
+again. ``KAS_TEST_SEED=7 scripts/test`` draws others.
 """
 
 from __future__ import annotations
@@ -11,8 +11,17 @@ import os
 
 import pytest
 import trio
+from hypothesis import HealthCheck, settings
 
 SEED = os.environ.get("KAS_TEST_SEED", "0")
+
+settings.register_profile(
+    "kas-libp2p",
+    derandomize=SEED == "0",
+    deadline=None,  # how long an example takes says how busy the machine is
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("kas-libp2p")
 
 
 @pytest.fixture(autouse=True)
