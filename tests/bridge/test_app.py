@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kas_bridge.config import Network
 from kas_libp2p.config import Config, Limits
 from kas_libp2p.errors import KasError
 from kas_libp2p.identity import Identity
+from kas_libp2p.kaspa import p2p_pb2 as pb
 from kas_libp2p.kaspa.peer import LightPeer
 from kas_libp2p.metadata import Dialect
 from kas_libp2p.node import open_node
@@ -403,6 +405,24 @@ async def test_a_path_that_hangs_is_left_within_seconds(tmp_path: Path, autojump
 async def _ping_in_vain(peer: Any) -> None:
     with pytest.raises(KasError):
         await peer.ping()
+
+
+async def test_an_upload_limit_holds_for_all_peers_together(tmp_path: Path, autojump_clock: MockClock) -> None:
+    payload = random.Random(1).randbytes(300_000)  # does not compress
+    block = pb.KaspadMessage(block=pb.Block(transactions=[pb.Transaction(payload=payload)])).SerializeToString()
+    async with world(tmp_path) as w:
+        b, c = await w.machine(), await w.machine()
+        a = await w.machine(peer=(b.address, c.address), upload_limit="100kB")
+        await until(lambda: len(a.kaspad.light.peers) == 2 and b.kaspad.light.peers and c.kaspad.light.peers)
+        for peer in a.kaspad.light.peers:
+            await peer.channel.send(block)
+        took = await until(lambda: b.row(a)["received"] > 3e5 and c.row(a)["received"] > 3e5)
+        assert 4 < took < 7
+        assert a.bridge.status()["upload_limit"] == 1e5
+        begun = trio.current_time()
+        await b.kaspad.light.peers[0].channel.send(block)
+        await until(lambda: a.row(b)["received"] > 3e5)
+        assert trio.current_time() - begun < 1, "what comes in is not limited"
 
 
 # -- What the operator does --------------------------------------------------------------------------------------------
