@@ -52,7 +52,9 @@ _DATA_DIR = default_data_dir()
 DataDir = Annotated[
     Path, Parameter(name="--data-dir", env_var=ENVIRONMENT_PREFIX + "DATA_DIR", help="the bridge's data directory")
 ]
-Json = Annotated[bool, Parameter(name="--json", negative=(), help="plain values for programs, one object a line")]
+Json = Annotated[
+    bool, Parameter(name="--json", negative=(), show_default=False, help="plain values for programs, one object a line")
+]
 
 
 def _run_config(app: App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection) -> None:
@@ -122,9 +124,12 @@ def _tell(answer: dict[str, Any], as_json: bool, show: Callable[[], None]) -> No
 def run(
     *,
     settings: Annotated[Settings, Parameter(name="*")] = _DEFAULTS,
-    json: Annotated[bool, Parameter(name="--json", negative=(), env_var=(), help="events as JSON, one a line")] = False,
+    json: Annotated[
+        bool, Parameter(name="--json", negative=(), show_default=False, env_var=(), help="events as JSON, one a line")
+    ] = False,
     verbose: Annotated[
-        bool, Parameter(name=["--verbose", "-v"], negative=(), help="every event, also the small ones")
+        bool,
+        Parameter(name=["--verbose", "-v"], negative=(), show_default=False, help="every event, also the small ones"),
     ] = False,
 ) -> None:
     """Run the bridge in front of a kaspad, until it is told to stop (Ctrl-C, SIGTERM, or kas-bridge stop).
@@ -211,7 +216,7 @@ def ban(
     target: str,
     *,
     hours: Annotated[float, Parameter(help="for how long")] = 24.0,
-    forever: Annotated[bool, Parameter(negative=(), help="for good")] = False,
+    forever: Annotated[bool, Parameter(negative=(), show_default=False, help="for good")] = False,
     reason: Annotated[str, Parameter(help="a note to yourself")] = "",
     data_dir: DataDir = _DATA_DIR,
     json: Json = False,
@@ -250,7 +255,9 @@ def events(
     *,
     data_dir: DataDir = _DATA_DIR,
     json: Json = False,
-    verbose: Annotated[bool, Parameter(name=["--verbose", "-v"], negative=(), help="also the small ones")] = False,
+    verbose: Annotated[
+        bool, Parameter(name=["--verbose", "-v"], negative=(), show_default=False, help="also the small ones")
+    ] = False,
 ) -> None:
     """What happens, as it happens, until the bridge ends or Ctrl-C."""
     from kas_bridge.control import follow
@@ -287,10 +294,14 @@ def demo(
         Path | None,
         Parameter(help="the kaspad to use; else $KASPAD, PATH, the cache of scripts/build-kaspad"),
     ] = None,
-    light: Annotated[bool, Parameter(negative=(), help="with light nodes even if there is a kaspad")] = False,
+    light: Annotated[
+        bool, Parameter(negative=(), show_default=False, help="with light nodes even if there is a kaspad")
+    ] = False,
     blocks: Annotated[int, Parameter(help="filled blocks of 240 kB that the kaspads sync")] = 600,
     delay: Annotated[bool, Parameter(help="also with 50 ms of delay each way, between two network namespaces")] = True,
-    json: Annotated[bool, Parameter(name="--json", negative=(), help="only the figures, as one object")] = False,
+    json: Annotated[
+        bool, Parameter(name="--json", negative=(), show_default=False, help="only the figures, as one object")
+    ] = False,
 ) -> None:
     """See it work: two bridges, two nodes, and what they carry.
 

@@ -402,6 +402,22 @@ async def test_a_path_that_hangs_is_left_within_seconds(tmp_path: Path, autojump
         assert a.bridge.ends["path hung"] == 1
 
 
+async def test_a_path_to_a_foreign_node_that_hangs(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path) as w:
+        a = await w.machine()
+        host = w.internet.host("10.0.9.9")
+        async with (
+            open_node(Config(listen=()), identity=Identity.from_seed(b"f" * 32), network=host) as node,
+            LightPeer(NETWORK) as foreign,
+        ):
+            await foreign.handshake(await node.connect(a.address, (Dialect.HTTP2, Dialect.MESSAGES)))
+            await until(lambda: a.kaspad.light.peers)
+            await trio.sleep(100)
+            w.hang()
+            assert await until(lambda: not a.bridge.peers()) < 16
+            assert not a.kaspad.light.peers
+
+
 async def _ping_in_vain(peer: Any) -> None:
     with pytest.raises(KasError):
         await peer.ping()
