@@ -86,6 +86,7 @@ from kas_libp2p.metadata import DIRECT, Path, PathKind, PeerId
 from kas_libp2p.swarm._admission import Admission, Ticket
 from kas_libp2p.swarm.connection import ListenerDoor, SwarmConnection, id_of, peer_of
 from kas_libp2p.swarm.network import Listener, Network, TcpNetwork
+from kas_libp2p.transport._noise import Static
 from kas_libp2p.transport.connection import Connection
 from kas_libp2p.transport.race import race
 from kas_libp2p.transport.raw import RawConnection
@@ -187,6 +188,7 @@ class Swarm(BaseSwarm):
         )
         self.notifees.clear()  # the tag store would keep a record of every connection, for a pruner that never runs
         self.identity = identity
+        self._static = Static(identity)
         self.config = config
         self.events = events if events is not None else EventBus(time.time)
         self.admission = Admission(limits, config.allow, config.deny)
@@ -334,9 +336,7 @@ class Swarm(BaseSwarm):
         try:
             try:
                 with handshake:
-                    connection = await upgrade(
-                        raw, identity=self.identity, initiator=False, expected=None, config=self.config
-                    )
+                    connection = await self._upgrade(raw, initiator=False)
                 if handshake.cancel_called:
                     raw.abort()
                     raise _evicted()
@@ -742,7 +742,20 @@ class Swarm(BaseSwarm):
 
     async def _dial_address(self, peer: PeerId | None, address: Multiaddr) -> Connection:
         raw = await self._network.dial(addresses.without_peer(address))
-        return await upgrade(raw, identity=self.identity, initiator=True, expected=peer, config=self.config)
+        return await self._upgrade(raw, initiator=True, expected=peer)
+
+    async def _upgrade(
+        self, raw: RawConnection, *, initiator: bool, expected: PeerId | None = None, path: Path = DIRECT
+    ) -> Connection:
+        return await upgrade(
+            raw,
+            identity=self.identity,
+            initiator=initiator,
+            expected=expected,
+            config=self.config,
+            path=path,
+            static=self._static,
+        )
 
     # Looking up
 
@@ -879,9 +892,7 @@ class Swarm(BaseSwarm):
         kept = False
         connection: Connection | None = None
         try:
-            connection = await upgrade(
-                raw, identity=self.identity, initiator=initiator, expected=peer, config=self.config, path=path
-            )
+            connection = await self._upgrade(raw, initiator=initiator, expected=peer, path=path)
             self._establish(ticket, connection)
             wrapped = SwarmConnection(self, connection, ticket)
             await self._carrying.start(self._carry, wrapped, trio.current_time() - started)

@@ -173,6 +173,21 @@ class Secured:
     opener: Opener
 
 
+class Static:
+    """A static Noise key, and our identity's signature that it is ours.
+
+    One serves every handshake of a node: secrecy rests on the ephemeral keys, a peer learns who we are anyway, and
+    making and signing one anew is a fifth of a handshake's work.
+    """
+
+    __slots__ = ("key", "public", "signature")
+
+    def __init__(self, identity: Identity) -> None:
+        self.key = X25519PrivateKey.generate()
+        self.public = self.key.public_key().public_bytes_raw()
+        self.signature = identity.sign(_SIGNATURE_DOMAIN + self.public)
+
+
 class Handshake:
     """One side of one handshake: `write` and `read` by turns, the initiator writes first, three messages in all.
 
@@ -182,7 +197,6 @@ class Handshake:
         expected: the peer that must be at the other end, or ``None`` for any.
         muxers: stream multiplexers we speak, in order of preference.
         static: our static Noise key; a new one if not given.
-        ephemeral: the key of this handshake; a new one if not given. For test vectors.
     """
 
     def __init__(
@@ -192,15 +206,14 @@ class Handshake:
         initiator: bool,
         expected: PeerId | None = None,
         muxers: Sequence[str] = (),
-        static: X25519PrivateKey | None = None,
-        ephemeral: X25519PrivateKey | None = None,
+        static: Static | None = None,
     ) -> None:
         self._identity = identity
         self._initiator = initiator
         self._expected = expected
         self._muxers = tuple(muxers)
-        self._static = static or X25519PrivateKey.generate()
-        self._ephemeral = ephemeral or X25519PrivateKey.generate()
+        self._static = static or Static(identity)
+        self._ephemeral = X25519PrivateKey.generate()
         self._remote_ephemeral = b""
         self._step = 0
         self._chain = _NAME
@@ -236,11 +249,11 @@ class Handshake:
             else:
                 self._mix_key(self._exchange(self._ephemeral, self._remote_ephemeral))
                 message += self._write_static()
-                self._mix_key(self._exchange(self._static, self._remote_ephemeral))
+                self._mix_key(self._exchange(self._static.key, self._remote_ephemeral))
                 message += self._encrypt(self._payload())
         else:
             message = self._write_static()
-            self._mix_key(self._exchange(self._static, self._remote_ephemeral))
+            self._mix_key(self._exchange(self._static.key, self._remote_ephemeral))
             message += self._encrypt(self._payload())
         self._step += 1
         return len(message).to_bytes(LENGTH, "big") + message
@@ -291,11 +304,7 @@ class Handshake:
         return self._peer[2] if self._peer else None
 
     def _payload(self) -> bytes:
-        static = self._static.public_key().public_bytes_raw()
-        payload = pb.HandshakePayload(
-            identity_key=self._identity.public_key,
-            identity_sig=self._identity.sign(_SIGNATURE_DOMAIN + static),
-        )
+        payload = pb.HandshakePayload(identity_key=self._identity.public_key, identity_sig=self._static.signature)
         payload.extensions.stream_muxers.extend(self._muxers)
         return payload.SerializeToString()
 
@@ -314,7 +323,7 @@ class Handshake:
         return peer, payload.identity_key, tuple(payload.extensions.stream_muxers) or None
 
     def _write_static(self) -> bytes:
-        return self._encrypt(self._static.public_key().public_bytes_raw())
+        return self._encrypt(self._static.public)
 
     def _exchange(self, private: X25519PrivateKey, public: bytes) -> bytes:
         try:

@@ -27,7 +27,7 @@ from kas_libp2p.identity import Identity
 from kas_libp2p.metadata import DIRECT, Path, PeerId
 from kas_libp2p.transport import _noise
 from kas_libp2p.transport._multistream import Proposer, Responder
-from kas_libp2p.transport._noise import LENGTH, Handshake, Secured, sealed_size
+from kas_libp2p.transport._noise import LENGTH, Handshake, Secured, Static, sealed_size
 from kas_libp2p.transport.connection import Connection
 from kas_libp2p.transport.raw import RawConnection
 from kas_libp2p.transport.yamux import _machine as yamux
@@ -44,6 +44,7 @@ async def upgrade(
     expected: PeerId | None,
     config: Config,
     path: Path = DIRECT,
+    static: Static | None = None,
 ) -> Connection:
     """Secure and multiplex a byte pipe. If this fails, or is cancelled, the pipe is closed.
 
@@ -53,6 +54,7 @@ async def upgrade(
         initiator: whether we are the initiator of everything on this connection, whoever dialed.
         expected: the peer that must be at the other end, or ``None`` for any.
         path: the way that the pipe takes.
+        static: our static Noise key; a new one if not given.
 
     Returns:
         The connection. Nothing happens on it before `Connection.run`.
@@ -64,7 +66,7 @@ async def upgrade(
         UpgradeTimeout: it was silent for ``config.dial.upgrade_timeout`` in all; says at which stage.
         UpgradeError: the pipe broke or ended; says at which stage.
     """
-    attempt = _Upgrade(raw, identity, initiator, expected)
+    attempt = _Upgrade(raw, identity, initiator, expected, static)
     done = False
     timeout = config.dial.upgrade_timeout
     try:
@@ -109,14 +111,23 @@ class _Upgrade:
         plain: opened bytes that belong to the multiplexer.
     """
 
-    def __init__(self, raw: RawConnection, identity: Identity, initiator: bool, expected: PeerId | None) -> None:
+    def __init__(
+        self,
+        raw: RawConnection,
+        identity: Identity,
+        initiator: bool,
+        expected: PeerId | None,
+        static: Static | None,
+    ) -> None:
         self.stage = Stage.SECURITY_NEGOTIATION
         self.rtt: float | None = None
         self.wire = bytearray()
         self.plain = bytearray()
         self._raw = raw
         self._initiator = initiator
-        self._handshake = Handshake(identity, initiator=initiator, expected=expected, muxers=(yamux.PROTOCOL,))
+        self._handshake = Handshake(
+            identity, initiator=initiator, expected=expected, muxers=(yamux.PROTOCOL,), static=static
+        )
         self._secured: Secured | None = None
         self._last = b""
         self._buffer = memoryview(bytearray(READ_SIZE))

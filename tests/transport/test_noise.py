@@ -20,6 +20,7 @@ from kas_libp2p.transport._noise import (
     Handshake,
     Opener,
     Sealer,
+    Static,
     sealed_size,
 )
 
@@ -301,3 +302,17 @@ def test_an_empty_message_is_nothing():
     wire = bytearray(OVERHEAD)
     sealer.seal_into(b"", memoryview(wire))
     assert open_all(opener, bytes(wire)) == (OVERHEAD, b"")
+
+
+def test_one_static_key_serves_many_handshakes() -> None:
+    kept = Static(ALICE)
+    seen = set()
+    for _ in range(2):
+        alice, bob = Handshake(ALICE, initiator=True, static=kept), Handshake(BOB, initiator=False)
+        bob.read(alice.write()[2:])
+        alice.read(bob.write()[2:])
+        bob.read(alice.write()[2:])
+        assert bob.secured().peer == ALICE.peer_id
+        wire = memoryview(bytearray(64))
+        seen.add(bytes(wire[: alice.secured().sealer.seal_into(b"the same", wire)]))
+    assert len(seen) == 2  # the session's keys are new all the same
