@@ -42,7 +42,7 @@ class Group(IntEnum):
     G2 = 2
     """Lets in only whom it has written to, and drops all else."""
     G3 = 3
-    """As G2, but refuses, which ends the other's attempt."""
+    """As G2, but refuses all else, which ends the other's attempt."""
     G4 = 4
     """As G2, and nobody knows the port from which it will write."""
 
@@ -64,16 +64,26 @@ def expected(a: str, b: str, protocol: str = "tcp", skew: float = 0.0, delay: fl
         skew: seconds by which b begins after a.
         delay: seconds one way between the two.
     """
-    one, two = group_of(a), group_of(b)
-    if protocol == "udp":  # a refused packet is sent again, so it is as if it had been dropped
-        one, two = (Group.G2 if each is Group.G3 else each for each in (one, two))
-    if Group.G1 in (one, two):
-        return True
-    if Group.G4 in (one, two):
-        return False
-    # A router that refuses must have been opened from inside before the other's SYN arrives there.
-    opened_in_time = (one is not Group.G3 or skew > -delay, two is not Group.G3 or skew < delay)
-    return all(opened_in_time)
+    groups = (group_of(a), group_of(b))
+    if protocol == "tcp":  # a refused packet is sent again over UDP, so it is as if it had been dropped
+        if groups[1] is Group.G3 and skew >= delay:
+            return _survives(a, b)
+        if groups[0] is Group.G3 and -skew >= delay:
+            return _survives(b, a)
+    return Group.G1 in groups or Group.G4 not in groups
+
+
+def _survives(first: str, other: str) -> bool:
+    """Whether it still works out when the first is refused by the other's router, before the other begins.
+
+    A reset ends the first's connection in its own router, too, which then has to let in the other's SYN as a
+    stranger's. An ICMP error does not: the other's SYN is taken for an answer to the first's, passes, and is answered
+    by the listener with a sequence number that a translating router takes for nonsense, while one that only filters
+    lets it out.
+    """
+    if nat_named(chain_of(other)[0]).refusal is Refusal.ICMP:
+        return not any(nat_named(each).translates for each in chain_of(first))
+    return group_of(first) is Group.G1
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,27 +136,30 @@ class _TcpSide(_Side):
         control.sendall(Message.request().pack())
         self.mapped = _read(control).mapped
 
-    def dial(self, target: Endpoint) -> socket.socket:
+    def dial(self, target: Endpoint) -> socket.socket | None:
+        """Begin to connect; None: the other's connection is there already."""
         sock = self.stack.enter_context(self.bound(socket.SOCK_STREAM))
         sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
+        try:
             sock.connect(target)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            return None
         return sock
 
     def run(self, moment: float, target: Endpoint, token: bytes, again: random.Random | None) -> None:
         self.wait_until(moment)
         connections: list[socket.socket] = []
-        dialing: socket.socket | None = None
-        retry: float | None = self.began
+        dialing: socket.socket | None = self.dial(target)
+        self.began = time.monotonic()
+        retry: float | None = None
         deadline = self.began + WINDOW
         while (now := time.monotonic()) < deadline:
             if retry is not None and now >= retry:
-                retry = None
-                try:
-                    dialing = self.dial(target)
-                except OSError as error:  # EADDRNOTAVAIL: the other's connection is there already
-                    if error.errno != errno.EADDRNOTAVAIL:
-                        raise
+                retry, dialing = None, self.dial(target)
             until = deadline if retry is None else retry
             readable, writable, _ = select.select(
                 [self.listener, *connections], [dialing] if dialing else [], [], max(0.0, until - now)

@@ -49,6 +49,16 @@ def test_the_law_is_the_table():
     }
 
 
+@pytest.mark.parametrize(
+    ("first", "survives"), [("open", True), ("fw", True), ("fc", False), ("ar", False), ("pr", False), ("sym", False)]
+)
+def test_who_is_refused_by_icmp_does_not_survive_its_own_nat(first, survives):
+    assert expected(first, "pr-icmp", skew=0.09) is survives
+    assert expected(first, "pr-icmp", skew=0.01) is (first != "sym")
+    assert expected(first, "pr-icmp", skew=-0.09) is (first != "sym")
+    assert expected(first, "pr-icmp", "udp", 0.09) is (first != "sym")
+
+
 def test_one_of_each_group_against_each():
     types = ("fc", "pr-rst", "sym")
     cells = matrix.measure(types, protocols=["tcp"], skews=[0.0, 0.09])
