@@ -227,7 +227,8 @@ async def wait_synced(pair: Pair, progress: Progress = quiet) -> int:
                 state = await theirs.get_block_dag_info()
                 progress("blocks synced", state.blockCount, goal.blockCount)
                 if state.sink == goal.sink:
-                    return int(state.blockCount)
+                    # kaspad reads its count before its sink, and blocks may have come in between.
+                    return int((await theirs.get_block_dag_info()).blockCount)
                 for process in watched:
                     if not process.running:
                         raise ProcessEnded(f"{process.argv[0]} ended:\n{process.last_lines()}")
