@@ -160,6 +160,11 @@ def host_address(lab: Lab, name: str, version: int = 4) -> str | None:
     raise KeyError(name)
 
 
+def lan_gateway(site: Site, number: int) -> str:
+    """The inside address of a site's innermost router."""
+    return _lan(site, number, 1)
+
+
 def plan_core() -> Plan:
     """The middle of every lab."""
     return Plan(

@@ -427,14 +427,26 @@ class Router(Host):
         super().__init__(lab, name, plan.router_address(number, depth), None, number)
         self._depth = depth
 
+    def _start_services(self, site: Site) -> None:
+        if services := site.routers[self._depth].services:
+            program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "services.py")
+            gateway = plan.lan_gateway(site, self._number)
+            command = [sys.executable, "-I", "-S", program, gateway, ",".join(services), find_nft()]
+            self.spawn(command).expect("^serving")
+
+    def _restart(self, what: plan.Plan) -> None:
+        self.kill()
+        self._lab._build(what)
+        self._start_services(self._lab.topology.sites[self._number - 1])
+
     def reboot(self) -> None:
-        """Forget all mappings and connections, in a moment."""
+        """Forget all mappings and connections, in a moment. What runs in the router is killed."""
         lab = self._lab
         wan = lab._wan[self._number] if self._depth == 0 else self.address
-        lab._build(plan.plan_reboot(lab.topology, self._number, self._depth, wan))
+        self._restart(plan.plan_reboot(lab.topology, self._number, self._depth, wan))
 
     def change_address(self) -> str:
-        """Get another public IPv4 address, as from a provider; all connections are forgotten. Returns it.
+        """Get another public IPv4 address, as from a provider, and with it forget all connections. Returns it.
 
         Raises:
             LabError: it is not the site's outer router.
@@ -444,7 +456,7 @@ class Router(Host):
         lab, old = self._lab, self.public_address
         prefix, _, last = old.rpartition(".")
         new = f"{prefix}.{int(last) % 250 + 1 if int(last) < 250 else 2}"
-        lab._build(plan.plan_new_address(lab.topology, self._number, old, new))
+        self._restart(plan.plan_new_address(lab.topology, self._number, old, new))
         lab._wan[self._number] = self.address = new
         return new
 
@@ -652,9 +664,11 @@ class RunningLab:
                     tuple(step for each in plans for step in each.steps),
                 )
             )
+        self.topology = topology
         for number, site in enumerate(topology.sites[first - 1 :], first):
             self._register(topology, number, site)
-        self.topology = topology
+            for depth in range(len(site.routers)):
+                self._routers[site.router_name(depth)]._start_services(site)
 
     def _register(self, topology: Lab, number: int, site: Site) -> None:
         self._wan[number] = plan.site_address(number)
