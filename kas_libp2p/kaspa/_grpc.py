@@ -285,7 +285,6 @@ class GrpcMachine:
                 self._remaining -= length
                 if self._packed is not None:
                     self._packed += data
-                    left -= length
                     if not self._remaining:
                         self._unpacker = Unpacker(self._packed, most)
                         self._packed = None

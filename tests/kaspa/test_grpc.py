@@ -375,16 +375,31 @@ async def test_a_large_packed_message_lets_others_run() -> None:
     assert turns > 2 * size // BATCH * 0.9
 
 
-async def test_a_sender_that_waits_is_let_go_when_the_stream_is_over() -> None:
+async def test_a_sender_that_waits_is_let_go_when_the_stream_is_over(autojump_clock: trio.abc.Clock) -> None:
     left, right = memory_stream_pair()
-    async with running(GrpcChannel.server(right)) as server:
-        h2 = H2Connection(H2Configuration(client_side=True))
-        h2.initiate_connection()
-        h2.send_headers(1, Foreign().headers, end_stream=True)
-        await left.send_all(h2.data_to_send())
-        assert await server.receive() is None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(server.send, bytes(1 << 20))
-            await trio.testing.wait_all_tasks_blocked()
-            h2.reset_stream(1, ErrorCodes.NO_ERROR)  # it has all it wants
+    with trio.fail_after(5):  # no ping wakes it by then
+        async with running(GrpcChannel.server(right)) as server:
+            h2 = H2Connection(H2Configuration(client_side=True))
+            h2.initiate_connection()
+            h2.send_headers(1, Foreign.headers, end_stream=True)
             await left.send_all(h2.data_to_send())
+            assert await server.receive() is None
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.send, bytes(1 << 20))
+                await trio.testing.wait_all_tasks_blocked()
+                h2.reset_stream(1, ErrorCodes.NO_ERROR)  # it has all it wants
+                await left.send_all(h2.data_to_send())
+
+
+async def test_taking_what_waited_lets_the_peer_go_on(autojump_clock: trio.abc.Clock) -> None:
+    left, right = memory_stream_pair()
+    with trio.fail_after(5):
+        async with (
+            running(GrpcChannel.client(left)) as client,
+            running(GrpcChannel.server(right)) as server,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(client.send, bytes(8 << 20))
+            await trio.testing.wait_all_tasks_blocked()
+            assert client._machine.queued > 4 << 20  # the window is full
+            assert len(await server.receive() or b"") == 8 << 20
