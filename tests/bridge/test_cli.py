@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from typing import Any
 import pytest
 import trio
 
+from kas_bridge.config import Settings
+from kas_bridge.control import ControlError, ask
+from kas_bridge.datadir import socket_paths
+from kas_bridge.run import serve
 from kas_libp2p.kaspa.peer import LightPeer
 
 NETWORK = "kaspa-simnet"
@@ -193,6 +197,34 @@ async def test_without_a_kaspad_it_stays_up_and_ends_on_ctrl_c(tmp_path: Path) -
         a.process.send_signal(signal.SIGINT)
         assert await timed_end(a.process) < STOP_TIME
         assert a.process.returncode == 0
+
+
+async def test_what_run_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ghost = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/12D3KooWKWQMLKnDg9BizoExsXWiuebcitxtJa3LCHdcWT2jP7yG"
+    async with light_kaspad() as (_, port):
+        settings = Settings(
+            data_dir=tmp_path, kaspad=f"127.0.0.1:{port}", rpc="off", listen=("/ip4/127.0.0.1/tcp/0",), peer=(ghost,)
+        )
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve, settings)
+                failures = 0
+                while failures < 2:
+                    with suppress(ControlError):
+                        status = await ask(socket_paths(tmp_path), {"action": "status"})
+                        failures = status["events"].get("peer-failed", 0)
+                    await trio.sleep(0.05)
+                await ask(socket_paths(tmp_path), {"action": "stop"})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("kas-bridge 0.1.0 · 12D3KooW")
+    assert f"2.1.0 on {NETWORK} at 127.0.0.1:{port}; its flags are fine" in lines[1]
+    assert lines[2].split()[0] == "listens"
+    assert "1 peer to keep connected; at most 64 joined at once" in lines[3]
+    assert f"{tmp_path}/control.sock" in lines[4]
+    # The same failure is said once.
+    assert "Connection refused; next try in" in lines[5]
+    assert lines[6].endswith("stopping by kas-bridge stop")
+    assert len(lines) == 7
 
 
 @pytest.mark.parametrize(
