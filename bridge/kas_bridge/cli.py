@@ -68,6 +68,11 @@ def _run_config(app: App, commands: tuple[str, ...], arguments: cyclopts.Argumen
     path = data_dir.expanduser() / CONFIG_FILE
     values = read_file(path)
     Dict(values, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+    for each in arguments:
+        for token in each.tokens:
+            # cyclopts would round 1.5 to a whole number, and read 0x10.
+            if each.hint is int and not token.value.isdecimal():
+                raise ConfigError(f"{token.keyword or each.name} must be a whole number, not {token.value!r}")
 
 
 app.config = (_run_config,)

@@ -156,9 +156,9 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: str, problem: str, t
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("max-joined", 'unable to convert "wrong" into int'),
+        ("max-joined", "must be a whole number, not 'wrong'"),
         ("network", 'Choose from: "mainnet", "testnet-10", "simnet", "devnet"'),
-        ("limits.max-per-ip", 'unable to convert "wrong" into int'),
+        ("limits.max-per-ip", "must be a whole number, not 'wrong'"),
         ("dial.tcp-timeout", 'unable to convert "wrong" into float'),
         ("compress", 'unable to convert "wrong" into bool'),
         ("rpc", "--rpc must be host:port"),
@@ -210,6 +210,15 @@ def test_unknown_names_in_the_environment() -> None:
     check_environment({"KAS_BRIDGE_MAX_JOINED": "", "HOME": "", "KAS_BRIDGE_DATA_DIR": ""})
     with pytest.raises(ConfigError, match=r"KAS_BRIDGE_MAX_JOYNED \(did you mean KAS_BRIDGE_MAX_JOINED\?\); allowed"):
         check_environment({"KAS_BRIDGE_MAX_JOYNED": "1"})
+
+
+@pytest.mark.parametrize("value", ["1.5", "0x10", "1_0", "-1", ""])
+def test_whole_numbers_are_not_rounded(value: str, ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, environment in (([f"--max-joined={value}"], {}), ([], {"KAS_BRIDGE_MAX_JOINED": value})):
+        with pytest.raises(SystemExit) as left:
+            ran(*flags, **environment)
+        assert left.value.code == 2
+        assert f"must be a whole number, not {value!r}" in capsys.readouterr().err
 
 
 def test_an_unknown_flag(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
