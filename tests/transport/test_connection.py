@@ -399,7 +399,7 @@ async def test_a_proposal_needs_no_round_trip():
         theirs = await pair.accept(pair.bob)
         assert await theirs.receive_some() == b"early"
         assert len(pair.alice_raw.writes) == before
-        assert mine.protocol == ""
+        assert mine.protocol == ECHO  # taken for agreed
         await theirs.send_all(b"late")
         assert await mine.receive_some() == b"late"
         assert mine.protocol == ECHO

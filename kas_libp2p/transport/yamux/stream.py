@@ -284,9 +284,10 @@ class YamuxStream(OverlayStream):
     # For the connection
 
     def _start(self, proposer: Proposer) -> None:
-        """Propose a protocol and go on without waiting for the answer."""
+        """Propose a protocol, take it for agreed, and go on without waiting for the answer."""
         self._proposer = proposer
         self.connection.write(self._state, proposer.start(), now=False)
+        self.protocol = proposer.proposed
 
     def _changed(self) -> None:
         """Something came in, or the stream ended."""
@@ -312,7 +313,6 @@ class YamuxStream(OverlayStream):
             self.connection.write(self._state, answer, now=False)
         if proposer.selected is not None:
             self._proposer = None
-            self.protocol = proposer.selected
             self._put_back(proposer.rest())
 
     def _take_unread(self) -> bytes:
