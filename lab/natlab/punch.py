@@ -65,23 +65,28 @@ def expected(a: str, b: str, protocol: str = "tcp", skew: float = 0.0, delay: fl
         delay: seconds one way between the two.
     """
     groups = (group_of(a), group_of(b))
-    if protocol == "tcp":  # a refused packet is sent again over UDP, so it is as if it had been dropped
-        if groups[1] is Group.G3 and skew >= delay:
-            return _survives(a, b)
-        if groups[0] is Group.G3 and -skew >= delay:
-            return _survives(b, a)
+    if groups[1] is Group.G3 and skew >= delay:
+        return _survives(a, b, protocol)
+    if groups[0] is Group.G3 and -skew >= delay:
+        return _survives(b, a, protocol)
     return Group.G1 in groups or Group.G4 not in groups
 
 
-def _survives(first: str, other: str) -> bool:
+def _survives(first: str, other: str, protocol: str) -> bool:
     """Whether it still works out when the first is refused by the other's router, before the other begins.
 
-    A reset ends the first's connection in its own router, too, which then has to let in the other's SYN as a
+    Over UDP it sends again, so a refusal does no harm, unless the router took the packet for its own: then it remembers
+    that as a connection, and gives the other a port that nobody expects.
+
+    Over TCP, a reset ends the first's connection in its own router, too, which then has to let in the other's SYN as a
     stranger's. An ICMP error does not: the other's SYN is taken for an answer to the first's, passes, and is answered
     by the listener with a sequence number that a translating router takes for nonsense, while one that only filters
     lets it out.
     """
-    if nat_named(chain_of(other)[0]).refusal is Refusal.ICMP:
+    refuser = nat_named(chain_of(other)[0])
+    if protocol == "udp" and refuser.guarded:
+        return group_of(first) is not Group.G4
+    if protocol == "tcp" and refuser.refusal is Refusal.ICMP:
         return not any(nat_named(each).translates for each in chain_of(first))
     return group_of(first) is Group.G1
 

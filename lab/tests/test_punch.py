@@ -59,6 +59,13 @@ def test_who_is_refused_by_icmp_does_not_survive_its_own_nat(first, survives):
     assert expected(first, "pr-icmp", "udp", 0.09) is (first != "sym")
 
 
+@pytest.mark.parametrize(("first", "survives"), [("open", True), ("fc", True), ("fw", False), ("pr", False)])
+def test_a_router_that_takes_packets_for_its_own_gives_the_late_one_another_port(first, survives):
+    assert expected(first, "naive", "udp", skew=0.09) is survives
+    assert expected(first, "naive", "udp", skew=-0.09)
+    assert expected(first, "pr-rst", "udp", skew=0.09)
+
+
 def test_one_of_each_group_against_each():
     types = ("fc", "pr-rst", "sym")
     cells = matrix.measure(types, protocols=["tcp"], skews=[0.0, 0.09])
