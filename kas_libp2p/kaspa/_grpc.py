@@ -105,6 +105,7 @@ class GrpcMachine:
         error: why it ended other than in order, or ``None``.
         accepted: whether the call stands: the request was seen, or the response's headers.
         busy: whether `take` has more to do without any more bytes.
+        peer_ended: whether the peer ended its side in order, though not everything may have been taken.
     """
 
     def __init__(self, *, client: bool, settings: GrpcSettings, now: float) -> None:
@@ -115,7 +116,7 @@ class GrpcMachine:
         self.busy = False
         self._last_heard = now
         self._ping_sent: float | None = None
-        self._peer_ended = False
+        self.peer_ended = False
         self._eof_queued = False
         self._gzip_out = False
         # Cut ahead.
@@ -190,11 +191,11 @@ class GrpcMachine:
             case TrailersCame(headers):
                 self._status(headers)
             case Ended():
-                self._peer_ended = True
-            case Reset(code) if not self._peer_ended:
+                self.peer_ended = True
+            case Reset(code) if not self.peer_ended:
                 name = ErrorCodes(code).name if code in set(ErrorCodes) else f"{code:#x}"
                 self._fail(ConnectionLost(f"the peer cancelled the call (HTTP/2 {name})"))
-            case GoneAway(code, last, detail) if not self._peer_ended:
+            case GoneAway(code, last, detail) if not self.peer_ended:
                 if code:
                     self._fail(ConnectionLost(f"the peer ended HTTP/2 with code {code} {detail}".strip()))
                 elif self.client and last < self._http2.stream_id:
@@ -262,7 +263,7 @@ class GrpcMachine:
                     break
             else:
                 self.busy = True
-            if not self.busy and self._peer_ended and (self._prefix or self._remaining):
+            if not self.busy and self.peer_ended and (self._prefix or self._remaining):
                 raise RemoteProtocolError("the peer ended its side in the middle of a message")
         except RemoteProtocolError as error:
             self._fail(error)
@@ -348,7 +349,7 @@ class GrpcMachine:
     def ended(self) -> bool:
         """Whether the peer ended its side in order, and everything was taken."""
         left = self._pieces or self.busy or self._http2.inbox or self._prefix or self._remaining
-        return self._peer_ended and not left
+        return self.peer_ended and not left
 
     def take(self, limit: int) -> list[Piece]:
         """The pieces that wait, about ``limit`` bytes of them; what is taken is granted to the peer again.
@@ -452,7 +453,7 @@ class GrpcMachine:
 
     def close(self) -> None:
         """Say that the connection ends, once. What is queued is dropped if the end was not queued before."""
-        if not (self.finished and self._peer_ended) and self.error is None:
+        if not (self.finished and self.peer_ended) and self.error is None:
             self._http2.reset(ErrorCodes.CANCEL if self.client else ErrorCodes.NO_ERROR)
         self._http2.close()
 

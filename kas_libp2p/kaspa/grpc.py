@@ -24,6 +24,9 @@ WRITE_SIZE = 256 * 1024
 """Bytes of messages per write."""
 CLOSE_TIMEOUT = 1.0
 """Seconds that an orderly end may take to leave; the other side may not be reading."""
+LINGER = 0.5
+"""Seconds that the calling end waits, once all it said has left, for the called one to end too. Resetting the call at
+once would have tonic drop what it has not read yet, such as a Reject. A round trip around the world fits."""
 
 
 class GrpcChannel(MessageChannel):
@@ -42,6 +45,7 @@ class GrpcChannel(MessageChannel):
         self._writers = trio.lowlevel.ParkingLot()
         self._kick = trio.Event()
         self._closing = False
+        self._linger_until = 0.0
         self._flushed = trio.Event()
         self._scope = trio.CancelScope()
 
@@ -102,6 +106,7 @@ class GrpcChannel(MessageChannel):
         machine = self._machine
         if not self._closing:
             self._closing = True
+            self._linger_until = trio.current_time() + (LINGER if machine.client and not reason else 0)
             machine.send_eof(CANCELLED if reason else OK, reason)
             self._kick.set()
         try:
@@ -153,17 +158,20 @@ class GrpcChannel(MessageChannel):
         machine, stream = self._machine, self._stream
         try:
             while True:
-                if self._closing and machine.finished:
+                if over := self._closing and machine.finished and self._lingered():
                     machine.close()
                 data = machine.data_to_send(WRITE_SIZE)
                 self._writers.unpark_all()
                 if data:
                     await stream.send_all(data)
-                elif machine.error is not None or (self._closing and machine.finished):
+                elif machine.error is not None or over:
                     return
                 else:
                     self._kick = trio.Event()
-                    with trio.CancelScope(deadline=machine.next_deadline()):
+                    deadline = machine.next_deadline()
+                    if self._closing and machine.finished:
+                        deadline = min(deadline, self._linger_until)
+                    with trio.CancelScope(deadline=deadline):
                         await self._kick.wait()
                     machine.on_timeout(trio.current_time())
         except _BROKEN as error:
@@ -174,8 +182,11 @@ class GrpcChannel(MessageChannel):
                 self._scope.cancel()  # the reader may wait for a peer that is silent
 
     def _kick_writer(self) -> None:
-        if self._machine.sendable:
+        if self._machine.sendable or self._closing:
             self._kick.set()
+
+    def _lingered(self) -> bool:
+        return self._machine.peer_ended or trio.current_time() >= self._linger_until
 
     def _lose(self, error: Exception) -> None:
         self._machine.lose(error if isinstance(error, KasError) else ConnectionLost("the connection broke"))

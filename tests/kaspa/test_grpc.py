@@ -17,7 +17,7 @@ from trio.testing import memory_stream_pair
 from kas_libp2p.errors import ConnectionLost, GrpcError, KasError, RemoteProtocolError
 from kas_libp2p.kaspa._grpc import P2P_PATH, PIECE_COST, GrpcMachine, GrpcSettings
 from kas_libp2p.kaspa.channel import BATCH, Piece, running
-from kas_libp2p.kaspa.grpc import GrpcChannel
+from kas_libp2p.kaspa.grpc import LINGER, GrpcChannel
 
 
 def machines(**changes: object) -> tuple[GrpcMachine, GrpcMachine]:
@@ -215,7 +215,7 @@ async def test_two_living_ends_keep_each_other_for_hours(autojump_clock: trio.ab
         assert await server.receive() == b"still here"
 
 
-async def test_an_orderly_end_delivers_what_was_sent_and_then_nothing() -> None:
+async def test_an_orderly_end_delivers_what_was_sent_and_then_nothing(autojump_clock: trio.abc.Clock) -> None:
     left, right = memory_stream_pair()
     client, server = GrpcChannel.client(left), GrpcChannel.server(right)
     async with running(server):
@@ -224,6 +224,28 @@ async def test_an_orderly_end_delivers_what_was_sent_and_then_nothing() -> None:
             await client.aclose()
         assert await server.receive() == b"last"
         assert await server.receive() is None
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_a_call_is_not_reset_before_its_end_was_read(answers: bool, autojump_clock: trio.abc.Clock) -> None:
+    left, right = memory_stream_pair()
+    server = GrpcMachine(client=False, settings=GrpcSettings(), now=0)
+    taken: list[Piece] = []
+    async with running(GrpcChannel.client(left)) as client, trio.open_nursery() as nursery:
+        await client.send(b"no, because")
+        begun = trio.current_time()
+        nursery.start_soon(client.aclose)
+        while not server.ended:
+            server.receive(await right.receive_some(), 0)
+            taken += server.take(BATCH)
+        assert whole(taken) == [b"no, because"]
+        assert server.error is None
+        if answers:
+            server.send_eof()
+            await right.send_all(server.data_to_send(BATCH))
+        while data := await right.receive_some():
+            server.receive(data, 0)
+        assert trio.current_time() - begun == pytest.approx(0 if answers else LINGER)
 
 
 async def test_a_stream_that_breaks_ends_both_directions_with_the_reason() -> None:
