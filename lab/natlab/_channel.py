@@ -31,7 +31,8 @@ def send(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) 
     data = _LENGTH.pack(len(data)) + data
     try:
         sent = sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else [])
-        sock.sendall(memoryview(data)[sent:])
+        if sent < len(data):  # sending nothing would fail, too, if the other side has read all and left
+            sock.sendall(memoryview(data)[sent:])
     except OSError as error:
         raise Closed(str(error)) from error
 

@@ -78,6 +78,10 @@ def main(control_fd: int, nft: str) -> None:
     os.close(keeper)
     try:
         _Lab(control, parent, user, nft).run()
+    except BaseException:  # noqa: BLE001 - whatever it is, the lab ends here, and should say why
+        import traceback
+
+        traceback.print_exc()
     finally:
         os._exit(0)
 
@@ -136,8 +140,12 @@ class _Lab:
         if uid not in (0, os.getuid()):
             client.close()
             return
+        try:
+            _channel.send(client, {"note": self.note, "pid": _outer_pid()}, [*self.user, self.pids])
+        except _channel.Closed:
+            client.close()
+            return
         self.clients[client.fileno()] = client
-        _channel.send(client, {"note": self.note, "pid": _outer_pid()}, [*self.user, self.pids])
 
     def serve(self, fd: int) -> bool:
         """Answer one request; False: the lab is to end."""

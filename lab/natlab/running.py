@@ -594,7 +594,10 @@ class RunningLab:
             _, uid, _ = struct.unpack("=iII", ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             if uid != os.getuid():
                 raise LabError(f"the lab {id!r} is of another user")
-            answer, self._entrance = _channel.receive(ours)
+            try:
+                answer, self._entrance = _channel.receive(ours)
+            except _channel.Closed as error:
+                raise LabError(f"the lab {id!r} has just ended: {error}") from None
             self.pid = answer["pid"]
             self.topology = lab_from_json(answer["note"])
             for number, site in enumerate(self.topology.sites, 1):

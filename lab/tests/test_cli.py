@@ -68,6 +68,7 @@ def test_run_ends_with_the_status_of_its_command():
 
 def test_a_lab_is_up_until_it_is_down():
     up = _natlab("up", "alice=cgn-pr,delay=1ms", "relay=public")
+    assert up.returncode == 0, up.stderr
     id = up.stdout.strip()
     try:
         assert "└── relay 11.0.2.2" in up.stderr

@@ -94,7 +94,7 @@ def test_what_is_under_way_on_a_cut_link_is_lost(lab, ends):
     assert pair.ask(b"arrives")
 
 
-@pytest.mark.natlab("alice=open,delay=1ms,loss=50%", "relay=public", seed=5)
+@pytest.mark.natlab("alice=open,delay=1ms", "relay=public", seed=5)
 def test_the_same_packets_are_lost_with_the_same_seed(lab, ends):
     def fate(lab):
         client = lab["alice"].socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -102,10 +102,15 @@ def test_the_same_packets_are_lost_with_the_same_seed(lab, ends):
         with client, server:
             server.bind(("0.0.0.0", 9))
             server.settimeout(5)
+            line, target = lab.link("alice"), (lab["relay"].address, 9)
+            line.set(loss=0)
+            client.sendto(b"begin", target)  # while neighbours are looked up, packets may overtake each other
+            assert server.recv(10) == b"begin"
+            line.set(loss=0.5)
             for number in range(40):
-                client.sendto(b"%d" % number, (lab["relay"].address, 9))
-            lab.link("alice").set(loss=0)
-            client.sendto(b"end", (lab["relay"].address, 9))
+                client.sendto(b"%d" % number, target)
+            line.set(loss=0)
+            client.sendto(b"end", target)
             return list(iter(lambda: server.recv(10), b"end"))
 
     here = fate(lab)
@@ -167,7 +172,7 @@ def test_an_idle_mapping_expires(lab, ends):
     origin = pair.echo()
     # The kernel counts in its own ticks: ask until it is gone, which must not be before its time.
     start = time.monotonic()
-    pair.client.settimeout(0.05)
+    pair.client.settimeout(0.5)
     while True:
         with lab["relay"].socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:  # each a flow of its own
             stranger.sendto(b"!", origin)
