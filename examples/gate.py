@@ -9,9 +9,8 @@ import sys
 
 import trio
 
-from kas_libp2p import Config, Limits, open_node
+from kas_libp2p import Candidate, Config, Limits, open_node
 from kas_libp2p.events import ConnectionOpened, InboundRefused
-from kas_libp2p.swarm import Candidate
 
 PAUSE = 10.0
 """Seconds between two strangers."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kas_libp2p.config import DialConfig as DialConfig
     from kas_libp2p.config import Limits as Limits
     from kas_libp2p.config import Mode as Mode
+    from kas_libp2p.config import SessionConfig as SessionConfig
     from kas_libp2p.config import YamuxConfig as YamuxConfig
     from kas_libp2p.errors import AddressError as AddressError
     from kas_libp2p.errors import ConfigError as ConfigError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from kas_libp2p.errors import KasError as KasError
     from kas_libp2p.errors import NegotiationError as NegotiationError
     from kas_libp2p.errors import Refused as Refused
+    from kas_libp2p.errors import SessionLost as SessionLost
     from kas_libp2p.errors import StreamReset as StreamReset
     from kas_libp2p.identity import Identity as Identity
     from kas_libp2p.metadata import Dialect as Dialect
@@ -29,15 +31,17 @@ if TYPE_CHECKING:
     from kas_libp2p.metadata import PathKind as PathKind
     from kas_libp2p.metadata import PeerId as PeerId
     from kas_libp2p.metadata import TransportMetadata as TransportMetadata
-    from kas_libp2p.node import ConnectionStatus as ConnectionStatus
+    from kas_libp2p.node import Candidate as Candidate
     from kas_libp2p.node import Node as Node
-    from kas_libp2p.node import Status as Status
+    from kas_libp2p.node import Policy as Policy
     from kas_libp2p.node import open_node as open_node
     from kas_libp2p.seams import OutboundConnector as OutboundConnector
     from kas_libp2p.seams import serve_with_incoming as serve_with_incoming
+    from kas_libp2p.status import ConnectionStatus as ConnectionStatus
+    from kas_libp2p.status import Status as Status
 
 _HOMES = {
-    "config": ("Config", "DialConfig", "Limits", "Mode", "YamuxConfig"),
+    "config": ("Config", "DialConfig", "Limits", "Mode", "SessionConfig", "YamuxConfig"),
     "errors": (
         "AddressError",
         "ConfigError",
@@ -46,12 +50,14 @@ _HOMES = {
         "KasError",
         "NegotiationError",
         "Refused",
+        "SessionLost",
         "StreamReset",
     ),
     "identity": ("Identity",),
     "metadata": ("Dialect", "Direction", "OverlayStream", "Path", "PathKind", "PeerId", "TransportMetadata"),
-    "node": ("ConnectionStatus", "Node", "Status", "open_node"),
+    "node": ("Candidate", "Node", "Policy", "open_node"),
     "seams": ("OutboundConnector", "serve_with_incoming"),
+    "status": ("ConnectionStatus", "Status"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

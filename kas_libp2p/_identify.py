@@ -275,7 +275,7 @@ def _read_observed(data: bytes) -> str | None:
     if not data:
         return None
     try:
-        return addr.text_of(addr.parse(data))
+        return addr.text_of(addr.without_peer(addr.parse(data)))  # js names us at its end
     except AddressError:
         return None
 

@@ -41,6 +41,10 @@ Component: TypeAlias = tuple[str, str | None]
 MAX_ADDRESS_LENGTH = 1024
 """Bytes or characters of one address: a circuit address with two names of 255 and two peer ids has about 700."""
 
+LEAST_PORT = 1024
+"""Least port that is dialed on somebody else's word, or guessed. Below are well-known services: no peer listens there,
+no NAT gives such a port to a connection from a higher one, and a stranger's SYN looks like an attack."""
+
 RECENT = 64
 """Addresses and peer ids whose other form is kept: a dial reads the same few again and again, some ten times each."""
 
@@ -494,6 +498,34 @@ def subnet_key(ip: str) -> str:
     if where.version == 4:
         return str(where)
     return str(ipaddress.IPv6Network((int(where) >> 64 << 64, 64)))
+
+
+def site_of(address: Address) -> str:
+    """The network in which a private address of ours most likely is: its /24, or /64, as ``192.168.1.0/24``.
+
+    Raises:
+        AddressError: it holds no IP.
+    """
+    where = ip_port(address)
+    if where is None:
+        raise AddressError(f"{_short(address)} holds no IP address")
+    ip = _ip(where[0])
+    return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 64), strict=False))
+
+
+def network_key(ip: str) -> str:
+    """What counts as one network for limits and for independence: an IPv4 /16 or an IPv6 /48. Takes a multiaddr too.
+
+    Raises:
+        AddressError: no IP address.
+    """
+    where = _first_hop(ip)
+    if where is None or isinstance(where, str):
+        raise AddressError(f"{_short(ip)} holds no IP address")
+    where = _unmapped(where)
+    if where.version == 4:
+        return str(ipaddress.IPv4Network((int(where) >> 16 << 16, 16)))
+    return str(ipaddress.IPv6Network((int(where) >> 80 << 80, 48)))
 
 
 def _first_hop(address: Address) -> _IPAddress | str | None:

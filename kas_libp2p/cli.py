@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from enum import IntEnum
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import cyclopts
 import trio
@@ -60,6 +60,8 @@ class Exit(IntEnum):
     """An address can't be listened on."""
     PEER = 7
     """Connected, but the peer did not do what was asked: it does not speak the protocol, or stopped."""
+    RELAYED = 8
+    """Connected, but by way of a relay only, and a direct connection was waited for."""
 
 
 MAX_KEY = 4096
@@ -70,8 +72,10 @@ DEFAULT_SIZE = "64MiB"
 _EXAMPLES = """
 kas-libp2p listen --port 4001             serve ping, perf and identify
 kas-libp2p dial /ip4/…/tcp/…/p2p/12D3…    who is there, and by which way
+kas-libp2p why /ip4/…/p2p-circuit/p2p/…   whether a relayed connection becomes direct, and why not
 kas-libp2p ping /ip4/…/tcp/…/p2p/12D3…    round trips
 kas-libp2p perf 192.0.2.1:4001            how much goes through
+kas-libp2p relay --port 4001              carry others' connections
 kas-libp2p key new node.key               an identity that stays
 """
 
@@ -94,6 +98,15 @@ KeyFile = Annotated[
 ]
 
 
+Port = Annotated[int | None, Parameter(help="listen on every interface, at this port")]
+Announce = Annotated[list[str] | None, Parameter(negative=(), help="address to tell others (repeatable)")]
+Verbose = Annotated[bool, FLAG, Parameter(name=["--verbose", "-v"], help="also the small events")]
+Meet = Annotated[
+    list[str] | None,
+    Parameter(negative=(), help="meet this relay first: it tells where others see us (repeatable)"),
+]
+
+
 def _size(_: Any, tokens: Sequence[Any]) -> int:
     return parse_size(tokens[0].value)
 
@@ -107,11 +120,14 @@ Size = Annotated[int | None, Parameter(converter=_size)]
 @app.command
 def listen(
     *addresses: str,
-    port: Annotated[int | None, Parameter(help="listen on every interface, at this port")] = None,
-    announce: Annotated[list[str] | None, Parameter(negative=(), help="address to tell others (repeatable)")] = None,
+    port: Port = None,
+    announce: Announce = None,
     echo: Annotated[bool, FLAG, Parameter(help="serve /echo/1.0.0 too, which sends back what comes")] = False,
+    relay: Annotated[
+        list[str] | None, Parameter(negative=(), help="be reachable through this relay (repeatable)")
+    ] = None,
     key: KeyFile = None,
-    verbose: Annotated[bool, FLAG, Parameter(name=["--verbose", "-v"], help="also the small events")] = False,
+    verbose: Verbose = False,
     json: Json = False,
 ) -> None:
     """Listen, serve identify, ping and perf, and tell what happens, until Ctrl-C or SIGTERM.
@@ -119,21 +135,72 @@ def listen(
     Args:
         addresses: multiaddrs to listen on, as /ip4/127.0.0.1/tcp/4001; port 0 takes a free one, as does none at all.
     """
-    if port is not None and addresses:
-        _fail("--port listens on every interface: give it or addresses, not both", Exit.MISUSED, as_json=json)
-    if port is not None and not 0 <= port <= 0xFFFF:
-        _fail(f"{port} is no port: 0 to 65535", Exit.MISUSED, as_json=json)
-    where = addresses or (f"/ip4/0.0.0.0/tcp/{port or 0}", f"/ip6/::/tcp/{port or 0}")
+    _listen(
+        _where(addresses, port, json),
+        json,
+        key_file=key,
+        announce=announce or (),
+        echo=echo,
+        verbose=verbose,
+        relays=relay or (),
+    )
 
+
+@app.command
+def relay(
+    *addresses: str,
+    port: Port = None,
+    announce: Announce = None,
+    limits: Annotated[
+        Literal["default", "reference", "open"],
+        Parameter(help="default: 2 h and 16 MiB/s a circuit; reference: 2 min and 128 KiB, as rust; open: none"),
+    ] = "default",
+    purpose: Annotated[
+        Literal["any", "overlay"], Parameter(help="carry between any peers, or those only that serve a Kaspa stream")
+    ] = "any",
+    key: KeyFile = None,
+    verbose: Verbose = False,
+    json: Json = False,
+) -> None:
+    """Be a relay (circuit relay v2): keep places for peers that nobody can dial, and carry connections to them.
+
+    Others use it as /ip4/.../p2p/RELAY; through it they are /ip4/.../p2p/RELAY/p2p-circuit/p2p/PEER.
+
+    Args:
+        addresses: multiaddrs to listen on, as /ip4/127.0.0.1/tcp/4001; port 0 takes a free one, as does none at all.
+    """
+    from kas_libp2p.config import Purpose, RelayConfig, RelayLimits
+
+    presets = {"default": RelayLimits, "reference": RelayLimits.reference, "open": RelayLimits.open}
+    _listen(
+        _where(addresses, port, json),
+        json,
+        key_file=key,
+        announce=announce or (),
+        echo=False,
+        verbose=verbose,
+        serve=RelayConfig(serve=True, purpose=Purpose(purpose), limits=presets[limits]()),
+    )
+
+
+def _where(addresses: tuple[str, ...], port: int | None, as_json: bool) -> tuple[str, ...]:
+    if port is not None and addresses:
+        _fail("--port listens on every interface: give it or addresses, not both", Exit.MISUSED, as_json=as_json)
+    if port is not None and not 0 <= port <= 0xFFFF:
+        _fail(f"{port} is no port: 0 to 65535", Exit.MISUSED, as_json=as_json)
+    return addresses or (f"/ip4/0.0.0.0/tcp/{port or 0}", f"/ip6/::/tcp/{port or 0}")
+
+
+def _listen(where: tuple[str, ...], as_json: bool, **settings: Any) -> None:
     async def main() -> None:
         from kas_libp2p import tool
 
         try:
-            await tool.listen(where, key_file=key, announce=announce or (), echo=echo, as_json=json, verbose=verbose)
+            await tool.listen(where, as_json=as_json, **settings)
         except tool.Interrupted:
             return  # the ordinary end
 
-    _run(main, json)
+    _run(main, as_json)
 
 
 @app.command
@@ -141,28 +208,68 @@ def dial(
     target: str,
     /,
     *more: str,
+    wait: Annotated[
+        Literal["punched"] | None, Parameter(help="until no relay carries it any more, or it is clear that one must")
+    ] = None,
+    relay: Meet = None,
     ping: Annotated[int, Parameter(help="then ping so many times, one a second")] = 0,
     stay: Annotated[bool, FLAG, Parameter(help="stay connected until the peer leaves, or Ctrl-C")] = False,
+    port: Port = None,
     listen: Annotated[
         list[str] | None, Parameter(negative=(), help="listen here too, and dial from that port (repeatable)")
     ] = None,
     key: KeyFile = None,
+    verbose: Verbose = False,
     json: Json = False,
 ) -> None:
     """Connect to a peer, and show by which way, who it is, what it serves, and how it sees us.
 
+    With --wait punched it listens as well, at any port, and ends with code 8 if a relay still carries the connection.
+
     Args:
-        target: a multiaddr, with or without /p2p/PEER, or host:port.
+        target: a multiaddr, with or without /p2p/PEER, or host:port; with --relay also a peer id alone.
         more: more addresses of the same peer; they race as in RFC 8305.
     """
     _check_count(ping, "--ping", json)
+    where = _where(tuple(listen or ()), port, json) if listen or port is not None or wait else ()
+    _dial(where, json, (target, *more), key, relay, pings=ping, stay=stay, wait=wait is not None, verbose=verbose)
 
+
+@app.command
+def why(
+    target: str,
+    /,
+    *more: str,
+    relay: Meet = None,
+    port: Port = None,
+    key: KeyFile = None,
+    verbose: Verbose = False,
+    json: Json = False,
+) -> None:
+    """Connect to a peer through a relay, see whether the connection becomes direct, and explain what came of it.
+
+    Args:
+        target: /ip4/.../p2p/RELAY/p2p-circuit/p2p/PEER; with --relay also a peer id alone.
+        more: more addresses of the same peer.
+    """
+    where = _where((), port, json)
+    _dial(where, json, (target, *more), key, relay, pings=0, stay=False, wait=True, why=True, verbose=verbose)
+
+
+def _dial(
+    where: tuple[str, ...],
+    as_json: bool,
+    targets: tuple[str, ...],
+    key: Path | None,
+    relays: list[str] | None,
+    **settings: Any,
+) -> None:
     async def main() -> None:
         from kas_libp2p import tool
 
-        await tool.dial((target, *more), key_file=key, listen_on=listen or (), pings=ping, stay=stay, as_json=json)
+        await tool.dial(targets, key_file=key, listen_on=where, as_json=as_json, relays=relays or (), **settings)
 
-    _run(main, json)
+    _run(main, as_json)
 
 
 @app.command
@@ -230,6 +337,18 @@ def perf(
 def _check_count(count: int, name: str, as_json: bool) -> None:
     if count < 0:
         _fail(f"{name} must be 0 or more", Exit.MISUSED, as_json=as_json)
+
+
+@app.command(name="holepunch-test", show=False)
+def holepunch_test() -> None:
+    """Be a peer in the hole-punch test of the libp2p project; the environment says what to do."""
+
+    async def main() -> None:
+        from kas_libp2p import contract
+
+        await contract.run(contract.Contract.from_environment(os.environ))
+
+    _run(main, as_json=False)
 
 
 # Keys
@@ -371,12 +490,14 @@ def _show_key(identity: Identity, file: Path, as_json: bool) -> None:
 
 
 def _run(main: Callable[[], Coroutine[Any, Any, None]], as_json: bool) -> None:
-    from kas_libp2p.tool import Interrupted
+    from kas_libp2p.tool import Interrupted, StayedRelayed
 
     try:
         trio.run(main)
     except Interrupted as interrupted:
         sys.exit(128 + interrupted.number)
+    except StayedRelayed as error:
+        _fail(str(error), Exit.RELAYED, as_json=as_json)
     except (KasError, trio.TooSlowError) as error:
         code, hint = _judge(error)
         _fail(str(error), code, hint, error, as_json=as_json)

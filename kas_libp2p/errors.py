@@ -9,13 +9,17 @@
     ├─ ListenError            no listener could be opened; says what holds the port
     ├─ ResolveError           a name in an address leads nowhere; says which and why
     ├─ DialError              no address of a peer led to a verified connection; one reason per address
+    ├─ PunchFailed            no hole could be punched to a peer; says what came of each address
     ├─ UpgradeError           one connection failed between TCP accept and the first stream
     │  ├─ NegotiationError    multistream-select: no common protocol, or malformed
     │  ├─ SecurityError       Noise: bad message, bad signature
     │  │  └─ PeerIdMismatch   the peer proved another identity than the one asked for
     │  └─ UpgradeTimeout      the peer stalled; says at which stage
     ├─ Refused                we said no before it cost anything: gate, limit, ban; names which
+    ├─ RelayRefused           a relay said no; carries its status
     ├─ ConnectionLost         a connection ended under its streams; carries why     (also trio.BrokenResourceError)
+    │  ├─ CircuitEnded        the relay under it ended it: which limit, and what was left
+    │  └─ SessionLost         a session that moves between paths is over: by whom, and why in a word
     ├─ StreamReset            one stream was reset, by which side and with which code    (also trio.BrokenResourceError)
     ├─ ProtocolError          somebody broke a protocol
     │  ├─ RemoteProtocolError the peer did
@@ -31,8 +35,9 @@ of this tree.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 import trio
 
@@ -67,11 +72,11 @@ class Stage(StrEnum):
     RESOLVE = "resolve"
     GATE = "gate"
     TCP = "tcp"
+    RELAY = "relay"
     SECURITY_NEGOTIATION = "security negotiation"
     NOISE = "noise"
     MUXER_NEGOTIATION = "muxer negotiation"
     LIMITS = "limits"
-    IDENTIFY = "identify"
     STREAM = "stream negotiation"
 
 
@@ -109,6 +114,74 @@ class DialError(KasError):
         lines = [f"can't connect to {target}" + (f": {hint}" if hint else "")]
         lines += [f"  {failure}" for failure in failures]
         super().__init__("\n".join(lines))
+
+
+def in_words(error: BaseException) -> str:
+    """An error in one line for people: without the system's numbers, and of a dial why each address failed."""
+    if isinstance(error, DialError):
+        reasons = [error.hint] if error.hint else []
+        for each in error.failures:
+            why = in_words(each.error)
+            if each.stage is not Stage.RELAY:  # there the error names the relay, and the address would name it twice
+                why = f"{re.sub('/p2p/[^/]+$', '', each.address)}: {why}"
+                why += "" if each.stage is Stage.TCP else f" (at {each.stage})"
+            reasons.append(why)
+        if reasons:
+            return "; ".join(reasons)
+    lines = re.sub(r"^\[Errno -?\d+\] ", "", str(error)).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class PunchOutcome:
+    """What came of one address of a punch.
+
+    Attributes:
+        address: the address as text.
+        dials: how often it was dialed.
+        reason: the last outcome: the system's name of the error, as ``ECONNREFUSED``; ``unanswered``; the stage of the
+            handshake that failed; or in one word why it was not dialed.
+        seconds: from the start of the punch to that.
+    """
+
+    address: str
+    dials: int
+    reason: str
+    seconds: float
+
+    def __str__(self) -> str:
+        if not self.dials:
+            return f"{self.address}: {self.reason}"
+        times = "once" if self.dials == 1 else f"{self.dials} times"
+        return f"{self.address}: dialed {times}, {self.reason} after {self.seconds:.2f} s"
+
+
+MAX_OUTCOMES = 4
+"""Addresses of a punch of which is told in words."""
+
+
+class PunchFailed(KasError):
+    """No hole could be punched to a peer. The connection through the relay is not touched by that.
+
+    Attributes:
+        peer: its peer id.
+        outcomes: what came of each address.
+        seconds: how long it was tried.
+    """
+
+    def __init__(self, peer: str, outcomes: tuple[PunchOutcome, ...], seconds: float) -> None:
+        self.peer = peer
+        self.outcomes = outcomes
+        self.seconds = seconds
+        lines = [f"no way to {peer} without a relay was found in {seconds:.2f} s; what there is through one stays"]
+        lines += [f"  {each}" for each in self.told] or ["  no address of it can be dialed"]
+        super().__init__("\n".join(lines))
+
+    @property
+    def told(self) -> list[str]:
+        """In words what came of the first few addresses, and how many more there were: guessed ports are dozens."""
+        more = len(self.outcomes) - MAX_OUTCOMES
+        return [*map(str, self.outcomes[:MAX_OUTCOMES]), *([f"and {more} more"] * (more > 0))]
 
 
 class UpgradeError(KasError):
@@ -161,8 +234,75 @@ class Refused(KasError):
         self.limit = limit
 
 
+class RelayRefused(KasError):
+    """A relay refused a reservation or a circuit.
+
+    Attributes:
+        relay: its peer id.
+        status: the status of circuit relay v2, as ``NO_RESERVATION``; empty if it gave none.
+    """
+
+    def __init__(self, relay: str, status: str, message: str) -> None:
+        super().__init__(message)
+        self.relay = relay
+        self.status = status
+
+
 class ConnectionLost(KasError, trio.BrokenResourceError):
     """The connection under a stream ended; the text says why."""
+
+
+class CircuitEnded(ConnectionLost):
+    """The connection was on a circuit, which its relay ended. Another one may be had at once.
+
+    Attributes:
+        relay: its peer id.
+        limit: which of its limits was used up, as `kas_libp2p.metadata.CircuitLimits` names it: ``max_bytes`` or
+            ``max_seconds``; empty if neither was, and the relay gave no reason.
+        bytes_left, seconds_left: what was left of them, as counted here; ``None``: no limit.
+    """
+
+    def __init__(
+        self, message: str, *, relay: str, limit: str, bytes_left: int | None, seconds_left: float | None
+    ) -> None:
+        super().__init__(message)
+        self.relay = relay
+        self.limit = limit
+        self.bytes_left = bytes_left
+        self.seconds_left = seconds_left
+
+    def again(self, message: str) -> CircuitEnded:
+        """The same end, for one more of those who were on it."""
+        return CircuitEnded(
+            message,
+            relay=self.relay,
+            limit=self.limit,
+            bytes_left=self.bytes_left,
+            seconds_left=self.seconds_left,
+        )
+
+
+class SessionLost(ConnectionLost):
+    """The session that a stream lived in is over, other than by an end in order.
+
+    Attributes:
+        code: why, in the word of `kas_libp2p.events.SessionEnded`: ``lost``, ``restarted``, ``stopped``, ...
+        by_peer: whether the other side ended it.
+    """
+
+    def __init__(self, message: str, *, code: str, by_peer: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.by_peer = by_peer
+
+
+class StreamCode(IntEnum):
+    """Why a stream is reset, as its peer is told (libp2p specs ``error-codes``)."""
+
+    NEGOTIATION = 0x1001
+    """No protocol was agreed on."""
+    RESOURCES = 0x1002
+    """A limit was hit."""
 
 
 class StreamReset(KasError, trio.BrokenResourceError):

@@ -19,7 +19,7 @@ from kas_libp2p._identify import (
     seal_record,
     statement,
 )
-from kas_libp2p.errors import ConnectionLost, KasError, RemoteProtocolError, StreamReset
+from kas_libp2p.errors import ConnectionLost, KasError, RemoteProtocolError, StreamCode, StreamReset
 from kas_libp2p.events import EventBus, IdentifyFailed, LimitHit, PeerIdentified, PeerMisbehaved
 from kas_libp2p.identity import Identity
 from kas_libp2p.metadata import PeerId
@@ -34,7 +34,6 @@ MAX_PUSHES_AT_ONCE = 16
 """Peers that are told of a change at the same time."""
 MAX_RECORDS = 64
 """Signed records that are kept: one per set of addresses, of which there are as many as classes of remote addresses."""
-RESOURCES = 0x1002
 
 
 class Identify:
@@ -49,6 +48,7 @@ class Identify:
         wall_clock: seconds since the epoch, for the records' sequence numbers.
 
     Attributes:
+        on_identified: called with what a peer told on a connection, merged with what it told before; must not raise.
         peers: what each connected peer told last.
         observed: by number of the connection, at which address its peer sees us.
     """
@@ -64,6 +64,7 @@ class Identify:
         protocol_version: str,
         wall_clock: Callable[[], float],
     ) -> None:
+        self.on_identified: list[Callable[[Connection, PeerInfo], None]] = []
         self.peers: dict[PeerId, PeerInfo] = {}
         self.observed: dict[int, str] = {}
         self._identity = identity
@@ -117,9 +118,13 @@ class Identify:
 
     # Hearing
 
+    def expect(self, connection: Connection) -> None:
+        """A connection has just come up, and its peer will be asked: `wait` waits for that from now on."""
+        self._asking[connection.number] = trio.Event()
+
     async def ask(self, connection: Connection) -> None:
         """Have a peer tell about itself, on a connection that has just come up. Never raises for the peer's faults."""
-        done = self._asking[connection.number] = trio.Event()
+        done = self._asking.setdefault(connection.number, trio.Event())
         try:
             with trio.fail_after(TIMEOUT):
                 stream = await connection.open_stream(ID)
@@ -151,7 +156,7 @@ class Identify:
         allowance = self._allowances.setdefault(connection.number, Allowance())
         if not allowance.take(trio.current_time()):
             self._events.emit(LimitHit(reason="identify_push", peer=connection.peer, address=connection.remote_address))
-            stream.reset(RESOURCES)
+            stream.reset(StreamCode.RESOURCES)
             return
         try:
             with trio.fail_after(TIMEOUT):
@@ -191,6 +196,8 @@ class Identify:
                 observed=info.observed,
             )
         )
+        for callback in self.on_identified:
+            callback(connection, info)
 
     def _misbehaved(self, connection: Connection, reason: str) -> None:
         self._events.emit(

@@ -134,11 +134,12 @@ class Identity:
                     file.write(self.to_protobuf())
                     file.flush()
                     os.fsync(file.fileno())
-                os.link(temporary, path)  # unlike rename, refuses to replace a key
+                try:
+                    os.link(temporary, path)  # unlike rename, refuses to replace a key
+                except FileExistsError as error:
+                    raise IdentityError(f"{path} exists already; a key is never overwritten") from error
             finally:
                 temporary.unlink()
-        except FileExistsError as error:
-            raise IdentityError(f"{path} exists already; a key is never overwritten") from error
         except OSError as error:
             raise IdentityError(f"can't write the key file {path}: {error.strerror}") from error
 

@@ -3,6 +3,9 @@
 The client says how many bytes it wants back (8 bytes, big endian), sends as many as it likes, and ends its direction.
 The server reads to the end, then sends what was asked for, and ends its own.
 
+No node serves this unasked: whoever connects could have it fill its uplink. To serve it, ``await
+node.serve(perf.handle, perf.ID)``, as ``kas-libp2p listen`` does.
+
 Source: libp2p specs ``perf/perf.md``.
 """
 
@@ -15,10 +18,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from kas_libp2p.errors import RemoteProtocolError
+from kas_libp2p.metadata import OverlayStream
 
 if TYPE_CHECKING:
     from kas_libp2p.transport.connection import Connection
-    from kas_libp2p.transport.yamux.stream import YamuxStream
 
 ID = "/perf/1.0.0"
 HEADER = 8
@@ -45,7 +48,7 @@ class PerfResult:
     download_seconds: float
 
 
-async def handle(stream: YamuxStream) -> None:
+async def handle(stream: OverlayStream) -> None:
     """Serve ``/perf/1.0.0``.
 
     Raises:

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import trio
 
@@ -27,6 +28,14 @@ IDLE_TIMEOUT = 60.0
 """Seconds that a peer may leave its ping stream unused; it can always open another."""
 MAX_STREAMS_PER_PEER = 2
 """As the specification has it: one, and one that is just closing."""
+
+
+_turns: WeakKeyDictionary[Connection, trio.Lock] = WeakKeyDictionary()
+
+
+def turn(connection: Connection) -> trio.Lock:
+    """To be held by whoever has a stream for pings open: a side opens but one, and rust drops the old one for a new."""
+    return _turns.setdefault(connection, trio.Lock())
 
 
 async def handle(stream: YamuxStream) -> None:
@@ -82,13 +91,16 @@ class Pinger:
 async def open_pinger(connection: Connection) -> AsyncIterator[Pinger]:
     """A stream for pings. The first one includes the agreement on the protocol, but no round trip for it.
 
+    Waits while another one is open on the connection.
+
     Raises:
         ConnectionLost, Refused: no stream could be opened.
     """
-    stream = await connection.open_stream(ID)
-    try:
-        yield Pinger(stream)
-    except BaseException:
-        stream.reset()
-        raise
-    await stream.aclose()
+    async with turn(connection):
+        stream = await connection.open_stream(ID)
+        try:
+            yield Pinger(stream)
+        except BaseException:
+            stream.reset()
+            raise
+        await stream.aclose()

@@ -11,6 +11,10 @@ Which Kaspa stream belongs on a connection
       connection of which it is the initiator, and dials one.
     * There is one Kaspa stream per connection. If both open one at the same time, the initiator's stays: it resets the
       other's, and the responder accepts the initiator's beside its own, which is about to be reset.
+    * A session (`kas_libp2p.session`) counts as the Kaspa stream of the connection by which it goes. To open one beside
+      another is refused; one that lives may move to any connection.
+    * A stream that either side has closed is not the connection's Kaspa stream any more, though it may have to wait for
+      the other side's end: the next one may be opened at once.
 
 What may fall back to plain TCP
     An ``ip:port`` in mode ``bridge``, and every one in mode ``off``. A multiaddr or a peer id never does: who names a
@@ -37,8 +41,9 @@ from kas_libp2p.errors import (
     KasError,
     Refused,
     Stage,
+    StreamCode,
 )
-from kas_libp2p.metadata import DIRECT, Dialect, Direction, OverlayStream, PeerId, TransportMetadata
+from kas_libp2p.metadata import DIRECT, SESSION, Dialect, Direction, OverlayStream, PeerId, TransportMetadata
 
 if TYPE_CHECKING:
     from kas_libp2p.transport.connection import Connection
@@ -52,7 +57,6 @@ TCP_TIMEOUT = 5.0
 """Seconds for a plain TCP connection, see `kas_libp2p.config.DialConfig.tcp_timeout`."""
 MAX_COOLDOWNS = 1024
 """Addresses remembered as not on the overlay; the oldest are forgotten."""
-RESOURCES = 0x1002
 
 Handler = Callable[[OverlayStream], Awaitable[None]]
 
@@ -63,23 +67,29 @@ def is_kaspa(protocols: Iterable[str]) -> bool:
 
 
 class KaspaStreams:
-    """Keeps to one Kaspa stream per connection. See the module for the rules."""
+    """Keeps to one Kaspa stream per connection. See the module for the rules.
 
-    def __init__(self) -> None:
+    Args:
+        talks: whether a stream belongs to a session on which both sides still talk.
+    """
+
+    def __init__(self, talks: Callable[[YamuxStream], bool] = lambda _: False) -> None:
+        self._talks = talks
         self._opened: dict[int, YamuxStream | None] = {}
 
     def busy(self, connection: Connection) -> bool:
         """Whether the connection has a Kaspa stream, or one is being opened from here."""
-        return self._ours(connection) or any(stream.protocol in KASPA for stream in connection.streams)
+        return self._ours(connection) or any(map(self._counts, connection.streams))
 
     def _ours(self, connection: Connection) -> bool:
         if connection.number not in self._opened:
             return False
         stream = self._opened[connection.number]
-        if stream is None or stream in connection.streams:
-            return True
-        del self._opened[connection.number]
-        return False
+        return stream is None or self._counts(stream)
+
+    def _counts(self, stream: YamuxStream) -> bool:
+        """Whether it is a Kaspa stream on which both sides still talk."""
+        return self._talks(stream) if stream.protocol == SESSION else stream.protocol in KASPA and not stream.over
 
     def is_surplus(self, stream: YamuxStream) -> bool:
         """Whether a Kaspa stream that the peer opened has to be reset."""
@@ -89,7 +99,7 @@ class KaspaStreams:
         if connection.initiator and self._ours(connection):
             return True
         return any(
-            other is not stream and other.direction is Direction.INBOUND and other.protocol in KASPA
+            other is not stream and other.direction is Direction.INBOUND and self._counts(other)
             for other in connection.streams
         )
 
@@ -99,11 +109,14 @@ class KaspaStreams:
         Raises:
             NegotiationError, UpgradeTimeout, Refused, ConnectionLost: see `Connection.open_stream`.
         """
+        last = self._opened.get(connection.number)
+        if last is not None and last.closed and last.unsent:
+            last.reset()  # its end would come behind the new one's beginning, which would be taken for surplus
         self._opened[connection.number] = None
         try:
             stream = await connection.open_stream(*protocols)
         except BaseException:
-            del self._opened[connection.number]
+            self.forget(connection)  # which may have been told already
             raise
         self._opened[connection.number] = stream
         return stream
@@ -124,7 +137,7 @@ class KaspaStreams:
 
         async def serve(stream: YamuxStream) -> None:
             if self.is_surplus(stream):
-                stream.reset(RESOURCES)
+                stream.reset(StreamCode.RESOURCES)
                 refused(stream)
             else:
                 await handler(stream)
@@ -290,17 +303,20 @@ class OutboundConnector:
         host, _, port = target.text.rpartition(":")
         host = host.strip("[]")
         started = trio.current_time()
-        error: Exception
+        reasons: Sequence[BaseException]
         try:
             with trio.fail_after(TCP_TIMEOUT):
                 stream = await trio.open_tcp_stream(host, int(port))
             return TcpStream(stream)
         except trio.TooSlowError:
-            error = TimeoutError(f"no answer within {TCP_TIMEOUT:g} s")
+            reasons = [TimeoutError(f"no answer within {TCP_TIMEOUT:g} s")]
         except OSError as problem:
-            error = problem
-        failure = AddressFailure(target.text, Stage.TCP, error, trio.current_time() - started)
-        raise DialError(target.text, (failure,)) from error
+            # Trio says that all attempts failed, and keeps why behind that.
+            why = problem.__cause__ or problem
+            reasons = why.exceptions if isinstance(why, BaseExceptionGroup) else [why]
+        seconds = trio.current_time() - started
+        failures = tuple(AddressFailure(target.text, Stage.TCP, each, seconds) for each in reasons)
+        raise DialError(target.text, failures) from BaseExceptionGroup("every address failed", reasons)
 
 
 async def serve_with_incoming(node: Overlay, handler: Handler) -> None:

@@ -1,4 +1,4 @@
-"""What ``kas-libp2p`` does once its command line is understood: listen, dial, ping, perf.
+"""What ``kas-libp2p`` does once its command line is understood: listen, dial, why, ping, perf.
 
 Everything that happens goes over the node's event bus, also what the tool itself has to tell, and one task prints what
 comes from there. So ``--json`` tells the same as the text for people, in the same order, and nothing less.
@@ -13,21 +13,28 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
 import trio
 
 from kas_libp2p import perf, ping
-from kas_libp2p.addresses import is_loopback, parse_target
-from kas_libp2p.config import Config, Limits
-from kas_libp2p.errors import AddressError, ConnectionLost, KasError
+from kas_libp2p.addresses import is_loopback, parse_target, relay_address
+from kas_libp2p.config import Config, Limits, RelayConfig, Role
+from kas_libp2p.dcutr._machine import ATTEMPTS, Reason
+from kas_libp2p.errors import AddressError, ConnectionLost, DialError, KasError
 from kas_libp2p.events import (
     AcceptFailed,
     AddressesChanged,
     AddressFailed,
+    CircuitClosed,
+    CircuitNotRenewed,
+    CircuitOpened,
+    CircuitRenewed,
+    CircuitReplaced,
     ConnectionClosed,
     ConnectionOpened,
     Dialing,
@@ -36,25 +43,42 @@ from kas_libp2p.events import (
     HandlerFailed,
     IdentifyFailed,
     InboundRefused,
+    IntentTold,
     InternalError,
     LimitHit,
+    PathProven,
     PeerIdentified,
     PeerMisbehaved,
+    PunchAdopted,
+    PunchAttemptFailed,
+    PunchConnect,
+    PunchDialed,
+    PunchEnded,
+    PunchStarted,
+    PunchSync,
+    PunchTargetRefused,
+    RelayRequestServed,
+    ReservationFailed,
+    ReservationLost,
+    ReservationMade,
+    SmallCircuits,
     StreamFailed,
     Subscription,
+    UpgradeAbandoned,
+    UpgradeDecided,
     UpgradeFailed,
     to_dict,
 )
-from kas_libp2p.metadata import Direction, Path, PeerId
-from kas_libp2p.node import AGENT, Node, open_node
-from kas_libp2p.swarm import SwarmConnection
+from kas_libp2p.metadata import CircuitLimits, Direction, Path, PathKind, PeerId
+from kas_libp2p.node import AGENT, Node, SwarmConnection, open_node
+from kas_libp2p.strategy._memory import Cause
 from kas_libp2p.transport.yamux.stream import YamuxStream
 from kas_libp2p.units import plural, rate, seconds, short, size
 
 ECHO = "/echo/1.0.0"
 """Sends back what comes, as the examples of the other implementations do."""
 PERF_STREAMS, PERF_STREAMS_PER_PEER = 16, 8
-"""Measurements that ``listen`` serves at once. More than a node does, which has something else to do."""
+"""Measurements that ``listen`` serves at once."""
 PROGRESS_EVERY = 0.5
 """Seconds between two `PerfProgress`."""
 STALLED_AFTER = 30.0
@@ -63,6 +87,13 @@ PING_INTERVAL = 1.0
 """Seconds between two pings, if nothing else is said."""
 NEVER_IDLE = Limits(idle_timeout=math.inf)
 """Whoever tests decides when a connection ends; the tool ends none for being unused."""
+RELAY_CONNECTIONS = Limits(max_connections=1024, max_inbound=960)
+"""A relay has room for everybody who may hold a place on it, and for their callers; who is neither leaves when idle."""
+NOTHING = "nothing came through"
+"""What there is to say of a punch whose dials have been told."""
+INVITED_WITHIN = 15.0
+"""Seconds within which a peer that we called through a relay begins to punch, if it does: go and js first dial for 5,
+rust takes 10 from one attempt to the next."""
 CLEAR_LINE = "\r\x1b[2K"
 
 
@@ -109,6 +140,7 @@ class Connected(Event):
         agent, protocol_version, protocols, addresses: what the peer tells of itself; empty if it does not.
         signed: whether the addresses are signed with the peer's key.
         observed: our address as the peer sees it, or ``None``.
+        limits: what the relay allows the circuit, and what is left of it; ``None`` where no relay stands between.
     """
 
     connection: int
@@ -125,6 +157,20 @@ class Connected(Event):
     addresses: tuple[str, ...]
     signed: bool
     observed: str | None
+    limits: CircuitLimits | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explained(Event):
+    """Why the path to a peer is what it is.
+
+    Attributes:
+        lines: in words.
+    """
+
+    peer: PeerId
+    path: Path
+    lines: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +330,10 @@ class Interrupted(Exception):
         self.number = number
 
 
+class StayedRelayed(KasError):
+    """A relayed connection did not become direct; the text says why."""
+
+
 async def with_node(
     config: Config,
     report: Report,
@@ -372,8 +422,14 @@ async def listen(
     echo: bool,
     as_json: bool,
     verbose: bool,
+    relays: Sequence[str] = (),
+    serve: RelayConfig | None = None,
 ) -> None:
     """Listen and serve until a signal comes.
+
+    Args:
+        relays: hold places on these, to be reachable through them.
+        serve: be a relay for others, in this way.
 
     Raises:
         Interrupted: the ordinary end.
@@ -386,15 +442,19 @@ async def listen(
         if echo:
             _serve(node, ECHO, _echo)
         await node.listen(*addresses)
+        if relays:
+            node.use_relays(*relays)  # when we listen: what a relay sees is where others may find us
 
     async def work(_: Node) -> None:
         await trio.sleep_forever()
 
     config = _config((), key_file, announce=tuple(announce))
+    if serve is not None:
+        config = replace(config, limits=RELAY_CONNECTIONS, role=Role.PUBLIC, relay=serve)
     await with_node(config, Report(as_json, _ListenWords(verbose)), work, prepare)
 
 
-def _serve(node: Node, protocol: str, handle: Callable[[YamuxStream], Awaitable[None]], **limits: int) -> None:
+def _serve(node: Node, protocol: str, handle: Callable[[YamuxStream], Awaitable[None]], **limits: Any) -> None:
     """Serve a protocol, and tell of each stream when it has ended."""
 
     async def serve(stream: YamuxStream) -> None:
@@ -468,6 +528,30 @@ class _ListenWords:
             case StreamServed():
                 carried = f"{size(event.received)} in, {size(event.sent)} out"
                 return f"{short(event.peer)}  {event.protocol} ended: {carried} in {seconds(event.seconds)}"
+            case ReservationMade() if self._verbose or not event.renewed:
+                kept = "keeps our place" if event.renewed else "has a place for us"
+                where = "" if event.renewed else f": reachable at {', '.join(event.addresses)}"
+                allows = _circuit_words(event.max_bytes, event.max_seconds)
+                return f"{short(event.relay)}  {kept} for {seconds(event.lifetime)} ({allows} per circuit){where}"
+            case ReservationFailed():
+                return f"{short(event.relay)}  has no place for us: {event.reason}"
+            case ReservationLost():
+                return f"{short(event.relay)}  our place there is gone: {event.reason}"
+            case RelayRequestServed() if event.reason:
+                return f"{short(event.peer)}  asked to {event.request}: {event.status} ({event.reason})"
+            case RelayRequestServed(request="reserve"):
+                return f"{short(event.peer)}  has a place here"
+            case CircuitOpened():
+                return f"circuit {event.circuit}  from {short(event.source)} to {short(event.destination)}"
+            case CircuitClosed():
+                carried = f"{size(event.forth)} forth, {size(event.back)} back"
+                return f"circuit {event.circuit}  ended after {seconds(event.seconds)}: {event.reason} ({carried})"
+            case CircuitRenewed():
+                return f"{short(event.peer)}  has a new circuit beside the one that is about to end: {event.reason}"
+            case CircuitNotRenewed():
+                return f"{short(event.peer)}  its circuit is about to end, and no new one was made: {event.reason}"
+            case SmallCircuits():
+                return f"{short(event.peer)}  a Kaspa stream with it lives on small circuits: {event.text}"
             case UpgradeFailed():
                 return f"{event.address}  got no further than {event.stage}: {event.reason}"
             case InboundRefused():
@@ -492,17 +576,34 @@ class _ListenWords:
                 return f"{plural(event.count, 'event was', 'events were')} not shown: they came too fast"
             case Stopping():
                 return f"stopping ({event.signal})"
+            case (
+                UpgradeDecided()
+                | IntentTold()
+                | PunchConnect()
+                | PunchSync()
+                | PunchStarted()
+                | PunchTargetRefused()
+                | PunchDialed()
+                | PunchAdopted()
+                | PunchAttemptFailed()
+                | PunchEnded()
+                | UpgradeAbandoned()
+                | PathProven()
+                | CircuitReplaced()
+            ) if words := upgrade_words(event, self._verbose):
+                return f"{short(event.peer)}  {words}"
         return None
 
 
 # dial, ping, perf
 
 
-def one_peer(targets: Sequence[str]) -> tuple[PeerId | None, list[str]]:
+def one_peer(targets: Sequence[str], relays: Sequence[str] = ()) -> tuple[PeerId | None, list[str]]:
     """Whom to dial, and where.
 
     Args:
         targets: multiaddrs or ``host:port`` of one peer; the peer id alone may be among them.
+        relays: multiaddrs of relays; of a peer whose id is all that is given, it is reached through these.
 
     Raises:
         AddressError: one of them is neither, they are of different peers, or none says where.
@@ -513,6 +614,7 @@ def one_peer(targets: Sequence[str]) -> tuple[PeerId | None, list[str]]:
         raise AddressError("these are addresses of different peers; dial one peer at a time")
     peer = next(iter(peers), None)
     found = [str(each.address) for each in parsed if each.address is not None]
+    found = found or [f"{each}/p2p-circuit" for each in relays]
     if not found:
         raise AddressError(f"{peer} says who, not where; give an address too, as /ip4/192.0.2.1/tcp/16117/p2p/{peer}")
     if peer is None and len(found) > 1:
@@ -528,24 +630,95 @@ async def dial(
     pings: int,
     stay: bool,
     as_json: bool,
+    relays: Sequence[str] = (),
+    wait: bool = False,
+    why: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Connect, tell everything about the connection, and leave.
 
+    Args:
+        relays: relays to meet first, beside those of the circuits that are dialed: they say where others see us.
+        wait: until no relay carries the connection, or it is clear that it stays so; then it is told why.
+        why: tell in any case why the path is what it is; that it stayed relayed is no failure then.
+        verbose: tell small events, too.
+
     Raises:
         DialError, AddressError, IdentityError, ListenError: no connection.
-        ConnectionLost: with ``stay`` or ``pings``, it ended first.
+        StayedRelayed: with ``wait``, a relay still carries it.
+        ConnectionLost: with ``wait``, ``stay`` or ``pings``, it ended first.
         Interrupted: by a signal.
     """
-    peer, found = one_peer(targets)
+    peer, found = one_peer(targets, relays)
 
     async def work(node: Node) -> None:
-        connection = await _connect(node, peer, found)
+        events = node.events()
+        if wait:
+            await _meet(node, (*relays, *(str(each) for each in map(relay_address, found) if each is not None)))
+        began = trio.current_time()
+        connection = await node.swarm.dial(peer, found)
+        reason = ""
+        if wait:
+            connection, reason = await _until_direct(node, connection, events)
+        await _tell(node, connection, trio.current_time() - began)
+        if why or reason:
+            lines = tuple(node.why(connection.peer))
+            node.bus.emit(Explained(peer=connection.peer, path=connection.path, lines=lines))
         if pings:
             await _ping(node, connection, pings, PING_INTERVAL)
         if stay:
             await _until_gone(node, connection)
+        if reason and not why:
+            raise StayedRelayed(f"the connection with {connection.peer} stayed relayed: {reason}")
 
-    await with_node(_config(listen_on, key_file), Report(as_json, _DialWords(stay)), work)
+    words = _DialWords(peer, told=wait or stay or verbose, stay=stay, brief=why, verbose=verbose)
+    config = _config(listen_on, key_file, relay=RelayConfig(target=0))
+    await with_node(config, Report(as_json, words), work)
+
+
+async def _meet(node: Node, relays: Iterable[str]) -> None:
+    """Have relays say where they see us: there the peer can meet us, and two of them show what our NAT does."""
+    for each in dict.fromkeys(relays):
+        with suppress(DialError):  # events tell why; maybe another one will do
+            await node.identify(each)
+
+
+async def _until_direct(node: Node, connection: SwarmConnection, events: Subscription) -> tuple[SwarmConnection, str]:
+    """Wait until no relay carries the connection with a peer, or it is clear that it stays so.
+
+    Args:
+        events: of the node, since before the connection was made.
+
+    Returns:
+        the connection to use; and why it is still relayed, empty if it is not.
+
+    Raises:
+        ConnectionLost: it ended first.
+    """
+    peer = connection.peer
+    reason = f"the peer began no punch within {INVITED_WITHIN:g} s"
+    attempts = 0
+    with trio.move_on_after(INVITED_WITHIN) as patience:
+        while (best := node.swarm.connection_to(peer)) is not None and best.path.kind is PathKind.RELAYED:
+            match await anext(events):
+                case PunchConnect(peer=about, by_us=by_us) if about == peer:
+                    patience.deadline = math.inf  # it ends in time of its own
+                    attempts += by_us
+                case PunchEnded(peer=about) as ended if about == peer and not node.dcutr.is_punching(peer):
+                    reason = NOTHING if ended.reason == Reason.PUNCH_FAILED else ended.text or ended.reason
+                    if attempts >= ATTEMPTS:
+                        break
+                    patience.deadline = trio.current_time() + INVITED_WITHIN  # go and rust begin anew for each attempt
+                case UpgradeAbandoned(peer=about) as left if about == peer and node.upgrader.theirs(peer) is not None:
+                    reason = _left_words(left)  # and a peer of this project has made all attempts
+                    break
+                case UpgradeDecided(peer=about, decision="leave") as left if about == peer:
+                    reason = _left_words(left)
+                    break
+    best = node.swarm.connection_to(peer)
+    if best is None:
+        raise ConnectionLost(f"the circuit with {peer} ended: {connection.connection.close_reason}")
+    return best, reason if best.path.kind is PathKind.RELAYED else ""
 
 
 async def _connect(node: Node, peer: PeerId | None, found: Sequence[str]) -> SwarmConnection:
@@ -557,7 +730,16 @@ async def _connect(node: Node, peer: PeerId | None, found: Sequence[str]) -> Swa
     """
     began = trio.current_time()
     connection = await node.swarm.dial(peer, found)
-    took = trio.current_time() - began
+    await _tell(node, connection, trio.current_time() - began)
+    return connection
+
+
+async def _tell(node: Node, connection: SwarmConnection, took: float) -> None:
+    """Tell everything about a connection, once the peer has told about itself.
+
+    Raises:
+        ConnectionLost: the peer ended it at once.
+    """
     transport = connection.connection
     info = await node.identify(transport.peer)
     if connection.is_closed:
@@ -579,9 +761,9 @@ async def _connect(node: Node, peer: PeerId | None, found: Sequence[str]) -> Swa
             addresses=info.addresses if info is not None else (),
             signed=info is not None and info.signed,
             observed=info.observed if info is not None else None,
+            limits=transport.circuit.limits if transport.circuit is not None else None,
         )
     )
-    return connection
 
 
 async def _until_gone(node: Node, connection: SwarmConnection) -> None:
@@ -597,15 +779,32 @@ async def _until_gone(node: Node, connection: SwarmConnection) -> None:
 
 
 class _DialWords:
-    """``dial`` for people."""
+    """``dial`` and ``why`` for people.
 
-    def __init__(self, stay: bool) -> None:
+    Args:
+        peer: whom it is about; ``None``: whoever answers.
+        told: whether it is told how a relayed connection becomes direct.
+        stay: whether it is told how the connection ends.
+        brief: whether the connection itself is not described.
+        verbose: whether small events are told.
+    """
+
+    def __init__(self, peer: PeerId | None, *, told: bool, stay: bool, brief: bool, verbose: bool) -> None:
+        self._peer = peer
+        self._told = told
         self._stay = stay
+        self._brief = brief
+        self._verbose = verbose
+        self._began = 0.0
+        self._over = False  # what there is to tell of the connection is told
         self._failed: list[str] = []
 
     def __call__(self, event: Event) -> Sequence[str]:
+        if self._told and (text := self._stage(event)):
+            return [f"  {event.at - self._began:6.3f} s  {text}"]
         match event:
             case Dialing():
+                self._began = self._began or event.at
                 where = (
                     event.addresses[0]
                     if len(event.addresses) == 1
@@ -615,18 +814,35 @@ class _DialWords:
             case AddressFailed():
                 self._failed.append(failure_words(event.address, event.stage, event.reason, event.seconds))
             case Connected():
-                return self._connected(event)
-            case ConnectionClosed() if self._stay:
+                self._over = not self._stay
+                return [] if self._brief else self._connected(event)
+            case Explained():
+                return event.lines
+            case ConnectionClosed() if self._stay and event.peer == (self._peer or event.peer):
                 return [f"the connection ended after {seconds(event.seconds)}: {event.reason}"]
         return _ping_words(event)
 
+    def _stage(self, event: Event) -> str | None:
+        match event:
+            case PeerIdentified() if event.peer != (self._peer or event.peer):
+                return f"{short(event.peer)} sees us at {event.observed}" if event.observed else None
+            case ConnectionOpened() if event.peer == (self._peer or event.peer):
+                where = f" at {event.address}" if event.path.kind is not PathKind.RELAYED else ""
+                return f"connected, {path_words(event.path)}{where}"
+            case UpgradeAbandoned() if self._over:
+                return None  # as we leave
+        return upgrade_words(event, self._verbose)
+
     def _connected(self, event: Connected) -> Sequence[str]:
         rtt = f"round trip {_ms(event.rtt)}" if event.rtt is not None else ""
+        took = _ms(event.seconds) if event.seconds < 1 else seconds(event.seconds)
         lines = [
             f"connected to {event.peer}",
             *labelled("path", [f"{path_words(event.path)}, {event.local_address} to {event.remote_address}"]),
-            *labelled("took", [", ".join(filter(None, (_ms(event.seconds), rtt)))]),
+            *labelled("took", [", ".join(filter(None, (took, rtt)))]),
         ]
+        if event.limits is not None:
+            lines += labelled("limits", [_circuit_words(event.limits.max_bytes, event.limits.max_seconds)])
         if self._failed:
             lines += labelled("failed", self._failed)
         if not event.agent and not event.protocols:
@@ -824,7 +1040,68 @@ def labelled(label: str, lines: Sequence[str]) -> list[str]:
 
 def path_words(path: Path) -> str:
     """The way of a connection."""
-    return str(path.kind) if path.relay is None else f"{path.kind} by {short(path.relay)}"
+    return f"relayed by {short(path.relay or '')}" if path.kind is PathKind.RELAYED else str(path.kind)
+
+
+def upgrade_words(event: Event, verbose: bool) -> str | None:
+    """How a relayed connection becomes direct, or does not: one event of it, without the peer's name."""
+    match event:
+        case UpgradeAbandoned(stage="proving" | "stable"):
+            return f"the direct connection did not last: {event.text}"
+        case UpgradeAbandoned():
+            return f"stays relayed for now: {_left_words(event)}"
+        case UpgradeDecided(decision="leave"):
+            return f"stays relayed: {_left_words(event)}"
+        case UpgradeDecided() if verbose:
+            return f"{event.decision} ({event.reason}): {event.text}"
+        case IntentTold() if verbose:
+            says, whose = ("we say", "our") if event.by_us else ("it says", "its")
+            nats = [f"{whose} NAT {each}" for each in event.nat.values()]
+            return "; ".join((" ".join(filter(None, (says, event.answer, event.reason))), *nats))
+        case PunchConnect():
+            rtt = f" (round trip {_ms(event.rtt)})" if event.rtt is not None else ""
+            return f"CONNECT: {'we are' if event.by_us else 'it is'} at {_listed(event.addresses)}{rtt}"
+        case PunchSync():
+            return f"SYNC: {'sent' if event.by_us else 'came'}"
+        case PunchStarted():
+            wait = f", in {_ms(event.wait)}" if event.wait > 0 else ""
+            return f"attempt {event.attempt}: dials {_listed(event.targets)}{wait}"
+        case PunchTargetRefused() if verbose:
+            return f"{event.address} is not dialed: {event.reason}"
+        case PunchDialed() if verbose:
+            return f"dial {event.attempt} of {event.address}: {event.reason} after {seconds(event.seconds)}"
+        case PunchAdopted():
+            return f"its own dial came in from {event.address}"
+        case PunchAttemptFailed():
+            return f"attempt {event.attempt} failed: {event.text}"
+        case PunchEnded(reason="punched"):
+            return f"punched: direct, attempt {event.attempts}, {seconds(event.seconds)}"
+        case PunchEnded() if verbose:
+            return f"the punch ended ({event.reason}): {event.text}"
+        case PathProven():
+            relayed = f", {_ms(event.relayed_rtt)} through the relay" if event.relayed_rtt is not None else ""
+            return f"the direct connection is stable: {_ms(event.rtt)}{relayed}"
+        case CircuitReplaced() if verbose:
+            return "its circuit is closed: the direct connection has taken its place"
+    return None
+
+
+def _left_words(event: UpgradeDecided | UpgradeAbandoned) -> str:
+    """Why a connection stays relayed."""
+    if event.reason == Cause.UNREACHED:
+        return NOTHING
+    return event.text or event.reason
+
+
+def _listed(addresses: Sequence[str]) -> str:
+    return ", ".join(addresses) or "no address"
+
+
+def _circuit_words(max_bytes: int | None, max_seconds: float | None) -> str:
+    """What a relay allows a circuit."""
+    allowed = [size(max_bytes)] if max_bytes is not None else []
+    allowed += [seconds(max_seconds)] if max_seconds is not None else []
+    return " and ".join(allowed) or "no limit"
 
 
 def _header(event: Connected) -> str:

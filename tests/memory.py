@@ -32,6 +32,10 @@ class _Wire:
         self.transferred += len(data)
         self.lot.unpark_all()
 
+    def delivered(self) -> int:
+        now = trio.current_time()
+        return self.transferred - sum(len(data) for at, data in self.chunks if at > now)
+
     def arrived(self) -> bool:
         return bool(self.chunks) and self.chunks[0][0] <= trio.current_time()
 
@@ -66,6 +70,9 @@ class MemoryRaw:
     @property
     def sent(self) -> int:
         return self._out.transferred
+
+    def delivered(self) -> int:
+        return self._out.delivered()
 
     def _check(self, wire: _Wire) -> None:
         if self.closed:

@@ -16,6 +16,7 @@ from kas_libp2p.config import Config
 from kas_libp2p.errors import AddressFailure, ResolveError, Stage
 from kas_libp2p.events import Event, EventBus
 from kas_libp2p.identity import Identity
+from kas_libp2p.metadata import OverlayStream
 from kas_libp2p.swarm import Swarm
 from kas_libp2p.transport.raw import RawConnection
 from tests.memory import MemoryRaw, memory_pair
@@ -52,6 +53,7 @@ class MemoryInternet:
         delay: seconds one way.
         pipes: both ends of every connection that was made, the dialer's first.
         names: what ``/dns/...`` addresses resolve to.
+        name_delay: seconds until a name is resolved, or known not to be.
     """
 
     def __init__(self, *, delay: float = 0.0) -> None:
@@ -59,6 +61,7 @@ class MemoryInternet:
         self.listeners: dict[str, MemoryListener] = {}
         self.pipes: list[tuple[MemoryRaw, MemoryRaw]] = []
         self.names: dict[str, list[str]] = {}
+        self.name_delay = 0.0
         self.refused: dict[str, Exception] = {}
         self._ports = itertools.count(50_000)
 
@@ -72,6 +75,7 @@ class MemoryHost:
     def __init__(self, internet: MemoryInternet, ip: str) -> None:
         self.internet = internet
         self.ip = ip
+        self.on_contact: Callable[[str], None] | None = None
         self.dialed: list[str] = []
         self.changed = trio.Event()
         self.extra: list[str] = []
@@ -86,6 +90,12 @@ class MemoryHost:
             self.internet.listeners[str(listener.address)] = listener
             listeners.append(listener)
         return listeners
+
+    async def dial_fresh(self, address: Multiaddr) -> MemoryRaw:
+        return await self.dial(address)
+
+    async def dial_punch(self, address: Multiaddr) -> MemoryRaw:
+        return await self.dial(address)
 
     async def dial(self, address: Multiaddr) -> MemoryRaw:
         self.dialed.append(str(address))
@@ -104,7 +114,7 @@ class MemoryHost:
         return here
 
     async def resolve(self, wanted: Iterable[Multiaddr]) -> tuple[list[Multiaddr], list[AddressFailure]]:
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(self.internet.name_delay)
         found: list[Multiaddr] = []
         failures: list[AddressFailure] = []
         for address in wanted:
@@ -157,6 +167,22 @@ def make_swarm(host: MemoryHost, seed: int, config: Config | None = None) -> tup
 
 async def eventually(condition: Callable[[], bool]) -> None:
     """Wait until something is so that nobody can be asked to tell, as what another library does in its own time."""
-    with trio.fail_after(10):
+    with trio.fail_after(60):  # only reached when something is wrong
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.001)
+
+
+async def echo(stream: OverlayStream) -> None:
+    """Send back what comes, until it ends."""
+    while data := await stream.receive_some():
+        await stream.send_all(data)
+
+
+async def talk(stream: OverlayStream, size: int = 5) -> None:
+    """Send so many bytes to somebody who echoes, and wait until they are back."""
+    await stream.send_all(bytes(size))
+    got = 0
+    while got < size:
+        piece = await stream.receive_some()
+        assert piece
+        got += len(piece)

@@ -380,6 +380,9 @@ class TestWhere:
         assert addresses.subnet_key("::ffff:11.1.2.3") == "11.1.2.3"
         assert addresses.subnet_key("2d00:1:2:3:4::5") == "2d00:1:2:3::/64" == addresses.subnet_key("2d00:1:2:3::")
         assert addresses.subnet_key("fe80::1%eth0") == "fe80::/64"
+        assert addresses.network_key("11.1.2.3") == addresses.network_key("/ip4/11.1.9.9/tcp/1") == "11.1.0.0/16"
+        assert addresses.network_key("::ffff:11.1.2.3") == "11.1.0.0/16"
+        assert addresses.network_key("2d00:1:2:3::1") == "2d00:1:2::/48"
         for text in ("example.org", "/dns4/example.org/tcp/1", f"/p2p/{ALICE}"):
             with pytest.raises(AddressError):
                 addresses.subnet_key(text)

@@ -45,8 +45,15 @@ def listener() -> Iterator[Running]:
         yield process
 
 
+def call_on(call: Main, command: str, script: str) -> tuple[int, str, str]:
+    """Calls the command on the address that a script listens at: it says so with ``started``."""
+    started = 'def started(address): print(\'{"event": "started", "addresses": ["%s"]}\' % address, flush=True)\n'
+    with Running([sys.executable, "-c", started + script]) as peer:
+        return call(command, peer.address)
+
+
 class TestHelp:
-    @pytest.mark.parametrize("command", ["listen", "dial", "ping", "perf", "key", "key show", "key import"])
+    @pytest.mark.parametrize("command", ["listen", "dial", "why", "ping", "perf", "key", "key show", "key import"])
     def test_every_command_has_one(self, call: Main, command: str) -> None:
         code, out, _ = call(*command.split(), "--help")
         assert code == Exit.DONE
@@ -76,6 +83,9 @@ class TestMisuse:
             ("ping /ip4/127.0.0.1/tcp/1 --interval -1", "--interval must be 0 or more"),
             ("listen /ip4/127.0.0.1/tcp/0 --port 1", "not both"),
             ("listen --port 65536", "65536 is no port"),
+            ("dial /ip4/127.0.0.1/tcp/1 --wait forever", "punched"),
+            ("dial /ip4/127.0.0.1/tcp/1 --listen /ip4/127.0.0.1/tcp/0 --port 1", "not both"),
+            ("why /ip4/127.0.0.1/tcp/1 --relay elsewhere", "elsewhere"),
             ("perf /ip4/127.0.0.1/tcp/1 --upload 5x", "'5x' is no size: write 64MiB"),
             ("perf /ip4/127.0.0.1/tcp/1 --upload 0", "nothing to measure"),
             ("perf /ip4/127.0.0.1/tcp/1 --download 999999999999GiB", "64 bits"),
@@ -263,13 +273,11 @@ class TestDialing:
             "async def main():\n"
             "    async with kas_libp2p.open_node(kas_libp2p.Config(listen=('/ip4/127.0.0.1/tcp/0',))) as node:\n"
             "        node.withdraw('/ipfs/ping/1.0.0')\n"
-            '        print(\'{"event": "started", "addresses": ["%s"]}\' % node.addresses[0], flush=True)\n'
+            "        started(node.addresses[0])\n"
             "        await trio.sleep_forever()\n"
             "trio.run(main)"
         )
-        with Running([sys.executable, "-c", script]) as peer:
-            peer.wait_for("started")
-            code, out, err = call("ping", peer.address)
+        code, out, err = call_on(call, "ping", script)
         assert code == Exit.PEER
         assert "kas-libp2p dial shows what the peer serves" in err
         assert "0 of 1 answered" in out
@@ -284,12 +292,10 @@ class TestDialing:
         script = (
             "import socket\n"
             "with socket.create_server(('127.0.0.1', 0)) as server:\n"
-            '    print(\'{"event": "started", "addresses": ["127.0.0.1:%d"]}\' % server.getsockname()[1], flush=True)\n'
+            "    started('127.0.0.1:%d' % server.getsockname()[1])\n"
             "    with server.accept()[0] as client: client.sendall(b'HTTP/1.1 400 Bad Request\\r\\n')"
         )
-        with Running([sys.executable, "-c", script]) as server:
-            server.wait_for("started")
-            code, _, err = call("dial", server.address)
+        code, _, err = call_on(call, "dial", script)
         assert code == Exit.UNREACHABLE
         assert "is that a libp2p port?" in err
 

@@ -60,7 +60,9 @@ async def test_waiting_can_be_cancelled_and_loses_nothing() -> None:
         with trio.move_on_after(0):
             await anext(subscription)
         events.emit(Listening(address="a"))
+        assert [each.name for each in subscription.pending()] == ["listening"]
         assert (await anext(subscription)).name == "listening"
+        assert not subscription.pending()
 
 
 def test_events_are_counted_with_nobody_listening() -> None:

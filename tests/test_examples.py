@@ -13,6 +13,8 @@ import pytest
 import trio
 
 from kas_libp2p import Config, KasError, Node, OverlayStream, open_node
+from kas_libp2p.config import Purpose, RelayConfig, Role
+from kas_libp2p.events import ReservationMade
 from kas_libp2p.identity import Identity
 from kas_libp2p.kaspa._messages import Capability, CloseCode, Kind, Reader, decode, encode
 from kas_libp2p.kaspa.messages import _unpacker
@@ -80,6 +82,21 @@ async def test_watch() -> None:
             assert await in_thread(watch.process.wait, PATIENCE) == 0, watch.text
             assert "1 of 256 connections" in watch.text
             assert f"  {other.peer_id} direct" in watch.text
+
+
+async def test_direct() -> None:
+    """On loopback nothing is punched; ``tests/lab/test_tool.py`` has it where something is."""
+    serving = RelayConfig(serve=True, purpose=Purpose.ANY)
+    public = Config(listen=("/ip4/127.0.0.1/tcp/0",), role=Role.PUBLIC, relay=serving)
+    async with open_node(public) as relay, node(None, "/ip4/127.0.0.1/tcp/0") as other:
+        events = other.events()
+        other.use_relays(*relay.addresses)
+        async for event in events:
+            if isinstance(event, ReservationMade):
+                break
+        done = await in_thread(finished, "direct.py", event.addresses[0])
+        assert done.returncode == 0, done.stderr
+        assert re.match(r"\d+ ms through the relay\nit stays relayed: .+\n12D3KooW\S+ is relayed by 12D3", done.stdout)
 
 
 async def test_gate() -> None:

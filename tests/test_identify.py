@@ -177,6 +177,8 @@ def test_addresses_are_cleaned() -> None:
     assert len(info.addresses) == MAX_ADDRESSES
     assert "/ip4/11.0.0.9/tcp/1" not in info.addresses
     assert info.observed is None
+    named = addresses.with_peer("/ip4/11.0.0.2/tcp/5000", MALLORY.peer_id).to_bytes()  # as js-libp2p writes it
+    assert hear(message(observedAddr=named))[0].observed == "/ip4/11.0.0.2/tcp/5000"
     assert info.agent.startswith("a\N{REPLACEMENT CHARACTER}[31mb")
     assert len(info.agent) == 256
 

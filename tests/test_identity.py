@@ -1,5 +1,7 @@
+import errno
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -126,6 +128,17 @@ def test_a_damaged_key_file_is_named(tmp_path: Path, data: bytes, words: str) ->
     path.write_bytes(data)
     with pytest.raises(IdentityError, match=f"node.key.*{words}"):
         Identity.load(path)
+
+
+def test_a_key_file_that_can_not_be_written_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(IdentityError, match=r"can't write the key file .*/file/node\.key: File exists"):
+        Identity.generate().save(tmp_path / "file" / "node.key")
+    (tmp_path / "shut").mkdir()
+    full = patch.object(os, "link", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with full, pytest.raises(IdentityError, match=r"shut/node\.key: No space left"):
+        Identity.generate().save(tmp_path / "shut" / "node.key")
+    assert list((tmp_path / "shut").iterdir()) == []
 
 
 def test_a_missing_key_file_is_named(tmp_path: Path) -> None:

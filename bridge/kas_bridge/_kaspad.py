@@ -152,7 +152,7 @@ def judge(
         )
     if nodes:
         address, version = nodes[0]
-        return address, _of_version(address, version, network)
+        return address, of_version(address, version, network)
     failures = [(address, answer) for address, answer in outcomes if isinstance(answer, Ended)]
     telling = [each for each in failures if each[1].reason is not End.NOT_RUNNING] or failures[:1]
     address, ended = telling[0]
@@ -169,7 +169,8 @@ def judge(
 _START = "start kaspad (its default flags are fine, but not --connect or --maxinpeers=0, which close its P2P port),"
 
 
-def _of_version(address: KaspadAddress, version: VersionInfo, network: Network | None) -> KaspadState:
+def of_version(address: KaspadAddress, version: VersionInfo, network: Network | None) -> KaspadState:
+    """The state after kaspad said Version."""
     condition, problem, what_helps = Condition.UP, "", ""
     if network is not None and version.network != network.kaspa_name:
         condition = Condition.WRONG_NETWORK
@@ -198,11 +199,6 @@ def _of_version(address: KaspadAddress, version: VersionInfo, network: Network |
         problem=problem,
         help=what_helps,
     )
-
-
-def of_version(address: KaspadAddress, version: VersionInfo, network: Network | None) -> KaspadState:
-    """The state after kaspad said Version."""
-    return _of_version(address, version, network)
 
 
 def _of_failure(address: KaspadAddress, ended: Ended, *, given: bool) -> KaspadState:

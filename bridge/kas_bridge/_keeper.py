@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kas_libp2p.errors import KasError
 from kas_libp2p.metadata import PeerId
 
 FIRST_DELAY = 1.0
@@ -70,7 +71,7 @@ class Kept:
     problem: str = ""
 
 
-class Full(Exception):
+class Full(KasError):
     """`MAX_KEPT` peers are kept already."""
 
 
@@ -151,6 +152,7 @@ class Keeper:
         standing: bool = False,
         problem: str = "",
         longest: float | None = None,
+        at_once: bool = False,
     ) -> float | None:
         """A stream of it ended, or an attempt failed, and it is not here by another one.
 
@@ -159,6 +161,7 @@ class Keeper:
             standing: whether only a changed setting can help.
             problem: why, in words.
             longest: seconds until the next attempt at most, if not `LONGEST_DELAY`.
+            at_once: whether the first attempt is made without a pause.
 
         Returns:
             in how many seconds it is tried again; ``None`` if it is not kept.
@@ -170,6 +173,8 @@ class Keeper:
             kept.failures = 0
         if standing:
             delay = STANDING_NO_DELAY
+        elif at_once and not kept.failures:
+            delay = 0.0
         else:
             delay = min(FIRST_DELAY * FACTOR ** min(kept.failures, 16), longest or LONGEST_DELAY)
         delay *= 1 + JITTER * (2 * self._random() - 1)

@@ -6,30 +6,27 @@ and shown, and touches neither the others nor kaspad.
 
 from __future__ import annotations
 
-import os
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 from trio import TaskStatus  # type: ignore[attr-defined,unused-ignore]  # libp2p brings stubs that lack it
 
-from kas_bridge import _kaspad
+from kas_bridge import _kaspad, reach
 from kas_bridge._control import ActionError
 from kas_bridge._kaspad import Comparison, Condition, JoinedFacts, KaspadState
 from kas_bridge._keeper import Full, Keeper, Kept, KeptState
-from kas_bridge.bans import DEFAULT_SECONDS, Bans, BansError
-from kas_bridge.config import Settings, parse_endpoint, parse_entry, parse_peer, parse_sources
+from kas_bridge.bans import Ban, Bans
+from kas_bridge.config import Settings, parse_endpoint, parse_peer, parse_sources
+from kas_bridge.daemon import STOP_WITHIN, VERSION, Daemon, DaemonNode, ip_of
 from kas_bridge.events import (
-    BanLifted,
     BridgeStarted,
     BridgeStopping,
     ListenerClosed,
@@ -37,14 +34,13 @@ from kas_bridge.events import (
     PeerFailed,
     PeerForgotten,
     PeerKept,
-    Trouble,
 )
 from kas_bridge.kaspad import KaspadWatch, Look, OpenFacts, look, open_facts
 from kas_bridge.listeners import PING, LocalAddresses, ping, stay
 from kas_bridge.views import ended_words, short
-from kas_libp2p.addresses import ip_port, without_peer
-from kas_libp2p.errors import AddressError, ConfigError, ConnectionLost, DialError, KasError, Refused, Stage
-from kas_libp2p.events import Banned, EventBus
+from kas_libp2p.addresses import is_relayed, relay_of
+from kas_libp2p.errors import ConfigError, ConnectionLost, KasError, Refused, in_words
+from kas_libp2p.events import StreamFailed
 from kas_libp2p.kaspa.grpc import GrpcChannel
 from kas_libp2p.kaspa.join import (
     End,
@@ -57,16 +53,11 @@ from kas_libp2p.kaspa.join import (
     Side,
     default_open_kaspad,
 )
-from kas_libp2p.kaspa.messages import UploadCap
 from kas_libp2p.kaspa.sources import FixedSource, PoolExhausted, PoolSources, Sources
+from kas_libp2p.kaspa.upload import UploadCap
 from kas_libp2p.metadata import OverlayStream, PathKind, PeerId
-from kas_libp2p.seams import OutboundConnector, Overlay, serve_with_incoming
-from kas_libp2p.swarm import Candidate
-
-VERSION = distribution_version("kas-bridge")
-
-STOP_WITHIN = 1.0
-"""Seconds for the peers to be told that we go; what is left of two seconds is the connections'."""
+from kas_libp2p.seams import OutboundConnector, serve_with_incoming
+from kas_libp2p.session.status import SessionStatus
 
 FIRST_LOOK = 1.0
 """Seconds that incoming peers wait for the first look at our kaspad, so as not to hear a no that is over at once."""
@@ -74,6 +65,10 @@ FIRST_LOOK = 1.0
 PEER_BACK_SOON = 5.0
 """Seconds before a peer is asked again at most, whose bridge answers but whose kaspad is away or busy: asking costs
 one stream on a connection that is there."""
+
+LEAVE_AGAIN = (1.0, 5.0, 30.0, 0.0)
+"""Seconds until it is tried again to carry a peer on without its relay. What is in the way, a handshake or a peer that
+takes no more streams, is over by then; else it goes on when the next direct way has proven itself."""
 
 _KASPADS_DIAL: ContextVar[GrpcChannel | None] = ContextVar("kaspads_dial", default=None)
 """The channel on which our kaspad dialed the peer whose stream this task carries; ``None`` where we dial kaspad."""
@@ -85,26 +80,6 @@ _BLOCKING = frozenset(
 
 _QUIET = frozenset({End.SUPERSEDED, End.STOPPED, End.DISCONNECTED})
 """Our own doing: not a failure of the peer."""
-
-
-class BridgeNode(Overlay, Protocol):
-    """What the bridge needs of the node below; `kas_libp2p.node.Node` has it."""
-
-    bus: EventBus
-
-    @property
-    def peer_id(self) -> PeerId: ...
-
-    @property
-    def addresses(self) -> tuple[str, ...]: ...
-
-    def set_policy(self, policy: Callable[[Candidate], str | None] | None) -> None: ...
-
-    def withdraw(self, protocol: str | Sequence[str] = ...) -> None: ...
-
-    async def disconnect(self, peer: str, reason: str = "") -> int: ...
-
-    def status(self) -> Any: ...
 
 
 def make_sources(settings: Settings) -> Sources:
@@ -145,7 +120,7 @@ class _Leases(Sources):
         return self._sources.address_of(peer)
 
 
-class Bridge:
+class Bridge(Daemon):
     """One bridge in front of one kaspad.
 
     Args:
@@ -161,10 +136,12 @@ class Bridge:
         ConfigError, BansError: a pool of source addresses or the list of bans is not usable.
     """
 
+    mode = "bridge"
+
     def __init__(
         self,
         settings: Settings,
-        node: BridgeNode,
+        node: DaemonNode,
         *,
         control: Path | None = None,
         bans: Bans | None = None,
@@ -174,12 +151,9 @@ class Bridge:
         wall_clock: Callable[[], float] = time.time,
         random: Callable[[], float] = random.random,
     ) -> None:
+        super().__init__(settings, node, control=control, bans=bans, wall_clock=wall_clock)
         self.settings = settings
-        self.node = node
-        self.control = control
-        self.events = node.bus
         self.sources = make_sources(settings)
-        self.bans = bans if bans is not None else Bans(settings.data_dir / "bans.json")
         self.keeper = Keeper(random)
         self.watch = KaspadWatch(
             settings, self.sources, self.events, joined=self._count_joined, look=look, open_facts=open_facts
@@ -193,6 +167,7 @@ class Bridge:
                 max_joined=settings.max_joined,
                 max_pending=settings.max_pending,
                 max_pending_per_source=settings.max_pending_per_source,
+                max_pending_per_host=settings.max_pending_per_host,
                 compression=settings.compress,
             ),
             network=settings.network.kaspa_name if settings.network else None,
@@ -210,11 +185,7 @@ class Bridge:
         self.dialed: set[PeerId] = set()
         """Peers that kaspad dialed at their local addresses."""
         self._open = open_kaspad
-        self._wall = wall_clock
         self._kick = trio.Event()
-        self._stop_reason: str | None = None
-        self._stop = trio.Event()
-        self.started_at = trio.current_time()
         self.ends: Counter[str] = Counter()
         """How often a peer was not, or no longer, joined, by `End` reason."""
         self.carried = [0, 0]
@@ -231,44 +202,38 @@ class Bridge:
         if self.local is not None:
             # kaspad comes to us: whether it listens for peers of its own is no concern of theirs.
             self.keeper.set_open(True, now)
+        # Before anything else: a relay that is there for the overlay looks at what we serve before it lets us in.
+        await serve_with_incoming(self.node, self._inbound)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._isolated, "kaspad", self.watch.run)
             nursery.start_soon(self._keep, nursery)
-            with trio.move_on_after(FIRST_LOOK):
-                await self.watch.wait_looked()
-            await serve_with_incoming(self.node, self._inbound)
-            self.events.emit(
-                BridgeStarted(
-                    version=VERSION,
-                    peer_id=self.node.peer_id,
-                    addresses=self.node.addresses,
-                    control=str(self.control or ""),
-                    kept=len(self.keeper),
-                )
-            )
-            task_status.started()
-            await self._stop.wait()
-            self.events.emit(BridgeStopping(reason=self._stop_reason or ""))
-            self.keeper.set_open(False, trio.current_time())
-            self.node.withdraw()
-            with trio.move_on_after(STOP_WITHIN):
-                await self.joiner.stop()
+            leave = partial(nursery.start_soon, self._leave_relay)
+            self.node.on_direct.append(leave)
+            try:
+                await self._work(task_status)
+            finally:
+                self.node.on_direct.remove(leave)
             nursery.cancel_scope.cancel()
 
-    def stop(self, reason: str = "") -> None:
-        """End the bridge. Returns at once; `run` returns when its peers are gone."""
-        if self._stop_reason is None:
-            self._stop_reason = reason
-            self._stop.set()
-
-    async def wait_stop(self) -> None:
-        """Wait until `stop` is called."""
+    async def _work(self, task_status: TaskStatus[None]) -> None:
+        with trio.move_on_after(FIRST_LOOK):
+            await self.watch.wait_looked()
+        self.events.emit(
+            BridgeStarted(
+                version=VERSION,
+                peer_id=self.node.peer_id,
+                addresses=self.node.addresses,
+                control=str(self.control or ""),
+                kept=len(self.keeper),
+            )
+        )
+        task_status.started()
         await self._stop.wait()
-
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stop.is_set()
+        self.events.emit(BridgeStopping(reason=self._stop_reason or ""))
+        self.keeper.set_open(False, trio.current_time())
+        self.node.withdraw()
+        with trio.move_on_after(STOP_WITHIN):
+            await self.joiner.stop()
 
     async def _isolated(self, where: str, part: Callable[[], Any]) -> None:
         """Run one part again when it fails: a fault in one must not end the rest."""
@@ -280,11 +245,10 @@ class Bridge:
                 self.trouble(where, error)
                 await trio.sleep(1)
 
-    def trouble(self, where: str, error: BaseException) -> None:
-        """Tell of a fault of our own that was contained."""
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        self.events.emit(Trouble(where=where, reason=f"{type(error).__name__}: {error}"))
+    async def wait_looked(self) -> None:
+        """Wait until it was seen whether there is a kaspad, and what the first relays answered."""
+        await self.watch.wait_looked()
+        await super().wait_looked()
 
     def _kaspad_changed(self, state: KaspadState) -> None:
         if state.up and self.watch.address is not None:
@@ -324,12 +288,15 @@ class Bridge:
             if peer in self.joiner.peers:
                 return
             stream = await self.connector.connect(peer, addresses=kept.addresses)
+            if self.keeper.get(peer) is None:
+                stream.reset()  # the operator has let it go meanwhile
+                return
             await self._carry(stream)
         except Refused as error:
             # There is a stream with it already, or our own lists say no.
-            self._over(peer, why(error), standing=error.limit != "one_kaspa_stream")
+            self._over(peer, in_words(error), standing=error.limit != "one_kaspa_stream")
         except (KasError, PoolExhausted) as error:
-            self._over(peer, why(error))
+            self._over(peer, in_words(error))
         except Exception as error:  # noqa: BLE001 - the one place where kept peers are isolated from each other
             self.trouble(f"peer {peer}", error)
             self._over(peer, f"{type(error).__name__}: {error}")
@@ -372,18 +339,39 @@ class Bridge:
             self.dialed.add(peer)
             await self._carry(stream)
         except KasError as error:
-            self.events.emit(PeerFailed(peer=peer, problem=why(error), left=False, retry_in=0.0))
+            self.events.emit(PeerFailed(peer=peer, problem=in_words(error), left=False, retry_in=0.0))
         except Exception as error:  # noqa: BLE001 - one dial of kaspad's is isolated from the peer's other ones
             self.trouble(f"peer {peer}", error)
         finally:
             self.dialed.discard(peer)
             await trio.aclose_forcefully(tcp)
 
+    async def _leave_relay(self, peer: PeerId) -> None:
+        """Carry a peer on without its relay, now that there is such a way. Who opened its stream opens the new one.
+
+        kaspad misses the peer for as long as a handshake takes: the new stream is there before the old one ends.
+        """
+        for pause in LEAVE_AGAIN:
+            joined = self.joiner.peers.get(peer)
+            if joined is None or not joined.relayed or not joined.opener or joined.moves_itself or self.stopping:
+                return  # what lives in a session moves by itself
+            try:
+                await self._carry(await self.node.connect_past_relay(peer))
+                return
+            except KasError as error:
+                self.events.emit(StreamFailed(peer=peer, reason=in_words(error)))
+            except Exception as error:  # noqa: BLE001 - one peer is isolated from the others
+                self.trouble(f"peer {peer}", error)
+                return
+            await trio.sleep(pause)
+
     async def _inbound(self, stream: OverlayStream) -> None:
+        with trio.move_on_at(self.started_at + FIRST_LOOK):
+            await self.watch.wait_looked()
         await self._carry(stream)
 
     async def _carry(self, stream: OverlayStream) -> None:
-        peer = stream.metadata.peer
+        peer, path = stream.metadata.peer, stream.metadata.path
         assert peer is not None
         seen: list[Joined] = []
 
@@ -395,9 +383,10 @@ class Bridge:
 
         ended = await self.joiner.carry(stream, on_ready=on_ready)
         self.ends[ended.reason] += 1
-        if ended.reason is End.PATH_HUNG and peer not in self.joiner.peers:
+        plain = not stream.watches_paths
+        if ended.reason is End.PATH_HUNG and plain and peer not in self.joiner.peers:
             # A new stream on the same connection would hang as well.
-            await self.node.disconnect(peer, "the path hung")
+            await self.node.disconnect(peer, "the path hung", hung=True)
         if ended.by is Side.KASPAD:
             self.watch.suspect()
         joined_for = None
@@ -407,16 +396,29 @@ class Bridge:
             self.carried[1] += joined.from_kaspad.bytes
             if joined.ready_at is not None:
                 joined_for = trio.current_time() - joined.ready_at
+        if ended.reason is End.SUPERSEDED:
+            return  # what comes of the peer is told when the newer stream ends
         self._over(
             peer,
             ended_words(ended.reason, ended.by, ended.text),
             joined_for=joined_for,
             standing=not ended.transient and ended.reason not in _QUIET and ended.reason is not End.PEER_BROKE,
             soon=ended.reason in (End.PEER_KASPAD, End.PEER_BUSY),
+            # Its relay may have gone, or have ended the circuit: the peer itself is there, by another way. Of a session
+            # all ways were tried for long enough.
+            at_once=ended.reason is End.PEER_RESTARTED
+            or (plain and path.kind is PathKind.RELAYED and ended.by is Side.PATH),
         )
 
     def _over(
-        self, peer: PeerId, problem: str, *, joined_for: float | None = None, standing: bool = False, soon: bool = False
+        self,
+        peer: PeerId,
+        problem: str,
+        *,
+        joined_for: float | None = None,
+        standing: bool = False,
+        soon: bool = False,
+        at_once: bool = False,
     ) -> None:
         if self.stopping:
             return
@@ -434,6 +436,7 @@ class Bridge:
             standing=standing,
             problem=problem,
             longest=PEER_BACK_SOON if soon else None,
+            at_once=at_once,
         )
         if delay is not None:
             left = joined_for is not None
@@ -443,10 +446,6 @@ class Bridge:
     def _count_joined(self) -> int:
         return sum(joined.ready_at is not None for joined in self.joiner.peers.values())
 
-    def _policy(self, candidate: Candidate) -> str | None:
-        ban = self.bans.find(candidate.peer or "", candidate.ip, self._wall())
-        return None if ban is None else "banned here"
-
     def _keep_peer(self, address: str, origin: str, now: float) -> Kept:
         peer = PeerId(parse_peer(address))
         if peer == self.node.peer_id:
@@ -455,27 +454,8 @@ class Bridge:
 
     # -- What the operator asks ----------------------------------------------------------------------------------------
 
-    def find_peer(self, text: str) -> PeerId:
-        """The peer that a part of its id stands for.
-
-        Raises:
-            ActionError: none, or several.
-        """
-        known = self._known()
-        if text in known:
-            return PeerId(text)
-        part = text.strip("…").removeprefix("12D3…")
-        hits = [peer for peer in known if part in peer] if len(part) >= 3 else []
-        if len(hits) == 1:
-            return hits[0]
-        if not hits:
-            raise ActionError(f"no peer {text} is known here; kas-bridge peers lists them")
-        raise ActionError(f"{text} stands for {len(hits)} peers: {', '.join(hits[:4])}; give more of it")
-
-    def _known(self) -> list[PeerId]:
-        known = dict.fromkeys(self.joiner.peers)
-        known.update(dict.fromkeys(kept.peer for kept in self.keeper.all()))
-        return list(known)
+    def _known(self) -> Iterable[PeerId]:
+        return [*self.joiner.peers, *(kept.peer for kept in self.keeper.all())]
 
     def connect(self, address: str) -> dict[str, Any]:
         """Keep a peer connected from now on, until the bridge stops.
@@ -487,8 +467,7 @@ class Bridge:
             if "/" not in address:
                 raise ActionError(f"{address} is no multiaddr; it looks like /ip4/192.0.2.1/tcp/16117/p2p/12D3KooW…")
             peer = PeerId(parse_peer(address))
-            ban = self.bans.find(peer, None, self._wall())
-            if ban is not None:
+            if self._banned(peer, None) is not None:
                 raise ActionError(f"{short(peer)} is banned; lift it with kas-bridge unban {peer}")
             new = self.keeper.get(peer) is None
             self._keep_peer(address, "control", trio.current_time())
@@ -519,65 +498,36 @@ class Bridge:
         closed = await self.node.disconnect(peer, "by the operator")
         return {"peer_id": peer, "was_joined": joined is not None, "was_kept": kept, "connections": closed}
 
-    async def ban(self, target: str, seconds: float | None = DEFAULT_SECONDS, reason: str = "") -> dict[str, Any]:
-        """Keep a peer id, IP address or network out, and end what is there of it.
-
-        Raises:
-            ActionError: it is none of these, or the list can't be written.
-        """
-        try:
-            if not _is_entry(target):
-                target = self.find_peer(target)
-            if target == self.node.peer_id:
-                raise ActionError("that is this bridge itself")
-            ban = self.bans.add(target, self._wall(), seconds=seconds, reason=reason)
-        except (ConfigError, BansError) as error:
-            raise ActionError(str(error)) from None
-        self.events.emit(Banned(target=ban.target, seconds=seconds if seconds is not None else float("inf")))
+    async def _end(self, ban: Ban, peers: Sequence[PeerId]) -> None:
         for kept in self.keeper.all():
             if kept.peer == ban.target and kept.state is KeptState.WAITING:
                 self.keeper.ended(kept.peer, trio.current_time(), standing=True, problem="banned here")
-        ended = []
-        for peer, ip in self._connected():
-            if self.bans.find(peer, ip, self._wall()) is ban:
-                ended.append(peer)
-                joined = self.joiner.peers.get(peer)
-                if joined is not None:
-                    joined.end(Ended(End.REFUSED, Side.US, "banned"))
-                    with trio.move_on_after(STOP_WITHIN):
-                        await joined.wait_ended()
-                await self.node.disconnect(peer, "banned")
-        return {"target": ban.target, "until": ban.until, "ended": ended}
+        joined = [self.joiner.peers[peer] for peer in peers if peer in self.joiner.peers]
+        for each in joined:
+            each.end(Ended(End.REFUSED, Side.US, "banned"))
+        with trio.move_on_after(STOP_WITHIN):
+            for each in joined:
+                await each.wait_ended()
 
-    def _connected(self) -> list[tuple[PeerId, str | None]]:
-        found: dict[tuple[PeerId, str | None], None] = {}
-        for connection in self.node.status().connections:
-            found[connection.peer, ip_of(connection.remote_address)] = None
+    def _connected(self) -> dict[PeerId, set[str | None]]:
+        found = super()._connected()
         for peer, joined in self.joiner.peers.items():
-            found[peer, ip_of(joined.stream.metadata.remote_address)] = None
-        return list(found)
+            found.setdefault(peer, set()).add(ip_of(joined.stream.metadata.remote_address))
+        return found
 
     def unban(self, target: str) -> dict[str, Any]:
-        """Lift a ban.
+        """Lift a ban, and try the kept peers again.
 
         Raises:
             ActionError: there is none.
         """
-        try:
-            if not _is_entry(target):
-                hits = [ban.target for ban in self.bans.current(self._wall()) if target in ban.target]
-                target = hits[0] if len(hits) == 1 else target
-            lifted = self.bans.remove(target, self._wall())
-        except (ConfigError, BansError) as error:
-            raise ActionError(str(error)) from None
-        if not lifted:
-            raise ActionError(f"{target} is not banned; kas-bridge status lists the bans")
-        self.events.emit(BanLifted(target=target))
-        kept = self.keeper.get(PeerId(target))
-        if kept is not None and kept.state is KeptState.WAITING:
-            kept.next_at = trio.current_time()
-            self._kick.set()
-        return {"target": target}
+        answer = super().unban(target)
+        # Whom it kept out is tried at once; of an IP nobody knows who that was, and an attempt costs little.
+        for kept in self.keeper.all():
+            if kept.state is KeptState.WAITING:
+                kept.next_at = trio.current_time()
+        self._kick.set()
+        return answer
 
     # -- What the operator sees ----------------------------------------------------------------------------------------
 
@@ -598,41 +548,26 @@ class Bridge:
 
     def status(self) -> dict[str, Any]:
         """Everything about the bridge as plain values: seconds, bytes, bytes per second."""
-        now = trio.current_time()
-        node = self.node.status()
+        found = super().status()
         comparison = self.compare()
         return {
-            "version": VERSION,
-            "peer_id": self.node.peer_id,
-            "pid": os.getpid(),
-            "uptime_s": round(now - self.started_at, 3),
-            "stopping": self.stopping,
-            "addresses": list(self.node.addresses),
-            "data_dir": str(self.settings.data_dir),
-            "control": str(self.control or ""),
-            "kaspad": self._kaspad_status(now),
+            **found,
+            "kaspad": self._kaspad_status(trio.current_time()),
             "notes": [{"note": note, "help": text} for note, text in self._notes(comparison)],
             "peers": {
                 "joined": self._count_joined(),
                 "handshaking": len(self.joiner.peers) - self._count_joined(),
                 "kept": len(self.keeper),
-                "connections": len(node.connections),
             },
             "limits": {
                 "max_joined": {"limit": self.settings.max_joined, "used": len(self.joiner.peers)},
                 "max_pending": {"limit": self.settings.max_pending, "used": self.joiner.pending},
-                **{name: {"limit": getattr(node.limits, name), "used": used} for name, used in node.in_use.items()},
+                **found["limits"],
             },
-            "limit_hits": dict(node.limit_hits),
             "ends": dict(self.ends),
-            "bans": [
-                {"target": ban.target, "since": ban.since, "until": ban.until, "reason": ban.reason}
-                for ban in self.bans.current(self._wall())
-            ],
             "received": self.carried[0] + sum(each.from_peer.bytes for each in self.joiner.peers.values()),
             "sent": self.carried[1] + sum(each.from_kaspad.bytes for each in self.joiner.peers.values()),
             "upload_limit": self.settings.upload_rate,
-            "events": dict(node.events),
         }
 
     def _kaspad_status(self, now: float) -> dict[str, Any]:
@@ -679,11 +614,18 @@ class Bridge:
         now = trio.current_time()
         comparison = self.compare()
         joined = self.joiner.peers
-        rows = [self._joined_row(each, comparison, now) for each in joined.values()]
+        # The newest of a peer: an older one is about to end.
+        sessions = {each.peer: each for each in self.node.status().sessions}
+        rows = [
+            self._joined_row(each, comparison, sessions.get(each.peer) if each.moves_itself else None, now)
+            for each in joined.values()
+        ]
         rows += [self._kept_row(kept, now) for kept in self.keeper.all() if kept.peer not in joined]
         return rows
 
-    def _joined_row(self, joined: Joined, comparison: Comparison, now: float) -> dict[str, Any]:
+    def _joined_row(
+        self, joined: Joined, comparison: Comparison, session: SessionStatus | None, now: float
+    ) -> dict[str, Any]:
         metadata = joined.stream.metadata
         ready = joined.ready_at
         theirs = joined.theirs
@@ -693,6 +635,8 @@ class Bridge:
             "direction": str(metadata.direction),
             "path": str(metadata.path.kind),
             "relay_id": metadata.path.relay,
+            "limits": reach.circuit_limits(metadata.limits),
+            "session": reach.session(session, self.settings.session.patience),
             "address": metadata.remote_address,
             "dialect": joined.dialect.value,
             "rtt_ms": None if metadata.rtt is None else round(metadata.rtt * 1000, 2),
@@ -726,13 +670,17 @@ class Bridge:
         problem = kept.problem
         if not self.keeper.open and kept.state is KeptState.WAITING:
             problem = "waits for our kaspad" + (f" (before that: {problem})" if problem else "")
+        address = kept.addresses[0] if kept.addresses else ""
+        relayed = bool(address) and is_relayed(address)
         return {
             "peer_id": kept.peer,
             "state": state,
             "direction": "outbound",
-            "path": str(PathKind.DIRECT),
-            "relay_id": None,
-            "address": kept.addresses[0] if kept.addresses else "",
+            "path": str(PathKind.RELAYED if relayed else PathKind.DIRECT),
+            "relay_id": relay_of(address) if relayed else None,
+            "limits": None,
+            "session": None,
+            "address": address,
             "dialect": "",
             "rtt_ms": None,
             "since_ms": None,
@@ -757,39 +705,14 @@ class Bridge:
         """
         peer = self.find_peer(text)
         row = next(each for each in self.peers() if each["peer_id"] == peer)
-        return {"peer": row, "kaspad": self._kaspad_status(trio.current_time())}
-
-
-def _is_entry(text: str) -> bool:
-    try:
-        parse_entry(text)
-    except ConfigError:
-        return False
-    return True
-
-
-def ip_of(address: str) -> str | None:
-    """The IP of a multiaddr, or ``None`` where it has none."""
-    try:
-        found = ip_port(address)
-    except AddressError:
-        return None
-    return None if found is None else found[0]
-
-
-def why(error: Exception) -> str:
-    """An error in one line."""
-    if isinstance(error, DialError):
-        reasons = [error.hint] if error.hint else []
-        reasons += [
-            f"{without_peer(each.address)}: {_first_line(each.error)}"
-            + ("" if each.stage is Stage.TCP else f" (at {each.stage})")
-            for each in error.failures
-        ]
-        return "; ".join(reasons) or _first_line(error)
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = re.sub(r"^\[Errno -?\d+\] ", "", str(error)).splitlines()
-    return lines[0] if lines else type(error).__name__
+        info = self.node.peer_info(peer)
+        ours = reach.values(self.node.status(), self.settings)
+        return {
+            "peer": row,
+            "theirs": list(info.addresses) if info is not None else [],
+            "kaspad": self._kaspad_status(trio.current_time()),
+            "reachability": ours["reachability"],
+            "port_mapping": ours["port_mapping"],
+            "upgrade": next((each for each in ours["upgrades"] if each["peer_id"] == peer), None),
+            "explained": self.node.why(peer)[1:],
+        }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import gc
 import json
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import cyclopts
 import trio
@@ -19,8 +20,20 @@ from cyclopts.config import Dict, Env
 from rich.text import Text
 
 from kas_bridge import views
-from kas_bridge.config import CONFIG_FILE, ENVIRONMENT_PREFIX, Settings, check_environment, default_data_dir, read_file
+from kas_bridge.config import (
+    CONFIG_FILE,
+    ENVIRONMENT_PREFIX,
+    NodeSettings,
+    RelaySettings,
+    Settings,
+    check_environment,
+    default_data_dir,
+    read_file,
+)
 from kas_libp2p.errors import ConfigError, KasError
+
+if TYPE_CHECKING:
+    from kas_bridge.demo import Stage
 
 T = TypeVar("T")
 
@@ -35,6 +48,8 @@ kas-bridge run                      in front of the kaspad on this machine
 kas-bridge run --peer MULTIADDR     and keep that peer connected
 kas-bridge peers                    who is joined
 kas-bridge why PEER                 how one is, or why not
+kas-bridge top                      all of it, live
+kas-bridge relay                    help those whom nobody can dial; needs no kaspad
 kas-bridge demo                     see it work, without a kaspad
 """
 
@@ -47,7 +62,10 @@ app = App(
 )
 
 _DEFAULTS = Settings()
+_RELAY_DEFAULTS = RelaySettings()
 _DATA_DIR = default_data_dir()
+
+_RELAY_NAMES = {each.name for each in dataclasses.fields(RelaySettings)} - {"serve_relay"}
 
 DataDir = Annotated[
     Path, Parameter(name="--data-dir", env_var=ENVIRONMENT_PREFIX + "DATA_DIR", help="the bridge's data directory")
@@ -59,7 +77,7 @@ Json = Annotated[
 
 def _run_config(app: App, commands: tuple[str, ...], arguments: cyclopts.ArgumentCollection) -> None:
     """Settings from the environment, then from config.toml in the data directory, for what no flag gave."""
-    if commands[:1] != ("run",):
+    if commands[:1] not in (("run",), ("relay",)):
         return
     check_environment(os.environ)
     Env(ENVIRONMENT_PREFIX, command=False)(app, commands, arguments)
@@ -67,11 +85,13 @@ def _run_config(app: App, commands: tuple[str, ...], arguments: cyclopts.Argumen
     data_dir = Path(given.tokens[-1].value) if given is not None and given.tokens else default_data_dir()
     path = data_dir.expanduser() / CONFIG_FILE
     values = read_file(path)
+    if commands[0] == "relay":  # what is said of kaspad there is for the bridge
+        values = {name: each for name, each in values.items() if name.replace("-", "_") in _RELAY_NAMES}
     Dict(values, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
     for each in arguments:
         for token in each.tokens:
             # cyclopts would round 1.5 to a whole number, and read 0x10.
-            if each.hint is int and not token.value.isdecimal():
+            if each.hint in (int, int | None) and not token.value.isdecimal():
                 raise ConfigError(f"{token.keyword or each.name} must be a whole number, not {token.value!r}")
 
 
@@ -125,27 +145,52 @@ def _tell(answer: dict[str, Any], as_json: bool, show: Callable[[], None]) -> No
         show()
 
 
+RunJson = Annotated[
+    bool, Parameter(name="--json", negative=(), show_default=False, env_var=(), help="events as JSON, one a line")
+]
+Verbose = Annotated[
+    bool, Parameter(name=["--verbose", "-v"], negative=(), show_default=False, help="every event, also the small ones")
+]
+
+
 @app.command
 def run(
     *,
     settings: Annotated[Settings, Parameter(name="*")] = _DEFAULTS,
-    json: Annotated[
-        bool, Parameter(name="--json", negative=(), show_default=False, env_var=(), help="events as JSON, one a line")
-    ] = False,
-    verbose: Annotated[
-        bool,
-        Parameter(name=["--verbose", "-v"], negative=(), show_default=False, help="every event, also the small ones"),
-    ] = False,
+    json: RunJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run the bridge in front of a kaspad, until it is told to stop (Ctrl-C, SIGTERM, or kas-bridge stop).
 
     kaspad needs no flag for it. Settings come from flags, then KAS_BRIDGE_* variables, then config.toml in the data
     directory, then the defaults.
     """
+    _serve(settings, json, verbose)
+
+
+@app.command
+def relay(
+    *,
+    settings: Annotated[RelaySettings, Parameter(name="*")] = _RELAY_DEFAULTS,
+    json: RunJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a relay, without a kaspad, on a machine that everybody can dial, until it is told to stop.
+
+    It keeps places for nodes that nobody can dial, and carries the connections to them. Others use it with --relay.
+    Settings come from where those of run come from.
+    """
+    _serve(settings, json, verbose)
+
+
+def _serve(settings: NodeSettings, as_json: bool, verbose: bool) -> None:
     from kas_bridge.run import serve
 
     try:
-        _run(lambda: serve(settings, as_json=json, verbose=verbose))
+        _run(lambda: serve(settings, as_json=as_json, verbose=verbose))
+        # All is closed. The interpreter would take apart what is left, object by object: 0.2 s of CPU of the 2 s that
+        # an operator is promised, and on a busy machine a multiple.
+        gc.freeze()
     except ConfigError as error:
         _fail(error, MISUSED)
     except KasError as error:
@@ -154,17 +199,24 @@ def run(
 
 @app.command
 def status(*, data_dir: DataDir = _DATA_DIR, json: Json = False) -> None:
-    """How the bridge is doing: kaspad, peers, limits, bans."""
+    """How the bridge or relay is doing: kaspad, role, relays, addresses, peers, limits, bans."""
     answer = _ask(data_dir, {"action": "status"})
     _tell(answer, json, lambda: _print(*views.status(answer)))
 
 
 @app.command
 def peers(*, data_dir: DataDir = _DATA_DIR, json: Json = False) -> None:
-    """Who is joined, by which way, since when, and what it carried; and who is not, and why."""
+    """Who is joined, by which way, since when, and what it carried; and who is not, and why.
+
+    Of a relay: who is connected, and has a place there.
+    """
     answer = _ask(data_dir, {"action": "peers"})
     out = views.console()
-    _tell(answer, json, lambda: out.print(views.peers(answer["peers"], out)))
+    _tell(
+        answer,
+        json,
+        lambda: out.print(views.peers(answer["peers"], answer["upgrades"], out, relay=answer["mode"] == "relay")),
+    )
 
 
 @app.command
@@ -260,9 +312,7 @@ def events(
     *,
     data_dir: DataDir = _DATA_DIR,
     json: Json = False,
-    verbose: Annotated[
-        bool, Parameter(name=["--verbose", "-v"], negative=(), show_default=False, help="also the small ones")
-    ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """What happens, as it happens, until the bridge ends or Ctrl-C."""
     from kas_bridge.control import follow
@@ -285,16 +335,45 @@ def events(
 
 
 @app.command
+def top(*, data_dir: DataDir = _DATA_DIR, json: Json = False) -> None:
+    """Peers, paths, relays and events, live, until Ctrl-C. With --json: status and peers, once a second."""
+    from kas_bridge.control import ask
+    from kas_bridge.datadir import socket_paths
+    from kas_bridge.top import EVERY, show
+
+    paths = socket_paths(data_dir.expanduser().absolute())
+    out = views.console()
+    if not json and not out.is_terminal:
+        _fail(
+            "top needs a terminal; kas-bridge status and kas-bridge peers print it once, --json all the time", MISUSED
+        )
+
+    async def print_all() -> None:
+        while True:
+            status = await ask(paths, {"action": "status"})
+            _json_line({"status": status, **await ask(paths, {"action": "peers"})})
+            await trio.sleep(EVERY)
+
+    try:
+        _run(print_all if json else lambda: show(paths, out))
+    except KasError as error:
+        _fail(error)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)
+
+
+@app.command
 def stop(*, data_dir: DataDir = _DATA_DIR, json: Json = False) -> None:
     """End the bridge in order, and wait until it is gone."""
     answer = _ask(data_dir, {"action": "stop"})
     _wait_gone(data_dir.expanduser().absolute())
-    _tell(answer, json, lambda: _print("The bridge has stopped."))
+    _tell(answer, json, lambda: _print(f"The {answer['mode']} has stopped."))
 
 
 @app.command
 def demo(
     *,
+    nat: Annotated[str, Parameter(help="the types of the two home routers (natlab types lists them)")] = "pr,eimx",
     kaspad: Annotated[
         Path | None,
         Parameter(help="the kaspad to use; else $KASPAD, PATH, the cache of scripts/build-kaspad"),
@@ -302,19 +381,34 @@ def demo(
     light: Annotated[
         bool, Parameter(negative=(), show_default=False, help="with light nodes even if there is a kaspad")
     ] = False,
-    blocks: Annotated[int, Parameter(help="filled blocks of 240 kB that the kaspads sync")] = 600,
-    delay: Annotated[bool, Parameter(help="also with 50 ms of delay each way, between two network namespaces")] = True,
+    all_pairs: Annotated[
+        bool,
+        Parameter(name="--all", negative=(), show_default=False, help="instead: every pair of types, and the matrix"),
+    ] = False,
+    compare: Annotated[
+        bool,
+        Parameter(negative=(), show_default=False, help="instead: how fast, beside plain TCP, without NATs"),
+    ] = False,
+    blocks: Annotated[
+        int | None, Parameter(help="filled blocks of 240 kB that the kaspads sync; else 300, with --compare 600")
+    ] = None,
+    delay: Annotated[
+        bool, Parameter(help="with --compare also with 50 ms of delay each way, between two network namespaces")
+    ] = True,
     json: Annotated[
         bool, Parameter(name="--json", negative=(), show_default=False, help="only the figures, as one object")
     ] = False,
 ) -> None:
-    """See it work: two bridges, two nodes, and what they carry.
+    """See it work: two nodes behind home routers meet through a relay, become direct, and sync.
 
-    With a kaspad: two unmodified nodes sync through two bridges, beside plain TCP. Without: light nodes, in seconds.
+    The routers are real NATs in network namespaces, the bridges and the relay real processes. With a kaspad the nodes
+    are two unmodified ones; without, light ones. Where there are no namespaces, all of it takes place on loopback.
     """
     from kas_bridge import demo as show
     from kas_bridge.simnet.node import KaspadMissing, find_kaspad
     from kas_bridge.simnet.process import ProcessEnded
+    from kas_bridge.simnet.wire import WireError
+    from natlab import LabError
 
     stage = show.Stage(quiet=json)
     binary = None
@@ -326,25 +420,59 @@ def demo(
                 _fail(error)
             stage.say(f"(With light nodes: {error}.)")
             stage.say()
-    if not 10 <= blocks <= 5000:
+    if blocks is not None and not 10 <= blocks <= 5000:
         _fail("--blocks must be 10 to 5000", MISUSED)
     try:
-        if binary is None:
-            result = _run(lambda: show.interruptible(stage, lambda: show.light(stage)))
-            show.show_light(stage, result)
-            values = dataclasses.asdict(result)
-        else:
-            figures = _run(
-                lambda: show.interruptible(stage, lambda: show.kaspads(stage, binary, full=blocks, distance=delay))
-            )
-            show.show_kaspads(stage, figures)
-            values = dataclasses.asdict(figures)
-    except (KasError, trio.TooSlowError, ProcessEnded) as error:
-        _fail(str(error) or "a step of the demonstration took too long")
+        if all_pairs:
+            _every_pair(stage, json)
+            return
+        values = _demo(stage, nat, binary, compare=compare, blocks=blocks, delay=delay)
+    except (KasError, trio.TooSlowError, ProcessEnded, WireError, LabError, OSError) as error:
+        _fail(str(error) or "a step of the demonstration took too long: try again when this machine has less to do")
     except KeyboardInterrupt:
         sys.exit(130)
     if json:
         _json_line(values)
+
+
+def _every_pair(stage: Stage, as_json: bool) -> None:
+    from kas_bridge import demo_nat
+
+    found = demo_nat.every_pair(stage)
+    if as_json:
+        for each in found:
+            _json_line(dataclasses.asdict(each))
+    if not demo_nat.show_every_pair(stage, found):
+        sys.exit(FAILED)
+
+
+def _demo(
+    stage: Stage, nat: str, kaspad: Path | None, *, compare: bool, blocks: int | None, delay: bool
+) -> dict[str, Any]:
+    """Show what was asked for; returns the figures."""
+    from kas_bridge import demo, demo_nat
+
+    nats = demo_nat.parse_nats(nat)
+    missing = "" if compare else demo_nat.no_lab()
+    if missing:
+        stage.say(f"(On loopback, without NATs: {missing}.)")
+        stage.say()
+    if not (compare or missing):
+        if kaspad is None:
+            met = _run(lambda: demo.interruptible(stage, lambda: demo_nat.light(stage, nats)))
+        else:
+            full = blocks or demo_nat.FULL_BLOCKS
+            met = _run(lambda: demo.interruptible(stage, lambda: demo_nat.kaspads(stage, nats, kaspad, full=full)))
+        demo_nat.show(stage, met)
+        return dataclasses.asdict(met)
+    if kaspad is None:
+        result = _run(lambda: demo.interruptible(stage, lambda: demo.light(stage)))
+        demo.show_light(stage, result)
+        return dataclasses.asdict(result)
+    full = blocks or demo.FULL_BLOCKS
+    figures = _run(lambda: demo.interruptible(stage, lambda: demo.kaspads(stage, kaspad, full=full, distance=delay)))
+    demo.show_kaspads(stage, figures)
+    return dataclasses.asdict(figures)
 
 
 def _wait_gone(data_dir: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
-import math
 import os
 import re
 import tomllib
@@ -22,24 +21,44 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from kas_libp2p.addresses import parse, parse_peer_id, peer_of
-from kas_libp2p.config import MIB, Config, DialConfig, Limits, YamuxConfig, from_mapping
+from kas_libp2p.addresses import is_relayed, parse, parse_peer_id, peer_of
+from kas_libp2p.config import (
+    MAX_OPERATOR,
+    MIB,
+    AutoNatConfig,
+    Config,
+    DialConfig,
+    Limits,
+    PunchConfig,
+    Purpose,
+    RelayConfig,
+    RelayLimits,
+    Role,
+    SessionConfig,
+    YamuxConfig,
+    checked,
+    from_mapping,
+)
 from kas_libp2p.errors import AddressError, ConfigError
 from kas_libp2p.units import parse_size
 
 ENVIRONMENT_PREFIX = "KAS_BRIDGE_"
 CONFIG_FILE = "config.toml"
+RELAYS_FILE = "relays.json"
+PUNCHES_FILE = "punches.json"
 DEFAULT_PORT = 16117
 """Overlay port: free beside kaspad's own (16110 RPC, 16111 P2P) and their websocket neighbours."""
 DEFAULT_LISTENER_PORT = 16118
 SYNC_WINDOW = 32 * MIB
 """Bytes to which a stream's window may grow. A syncing kaspad asks for 99 blocks and waits for them: 25 MB if they are
 full. With a window below that, every such batch costs another round trip (at 200 ms: 40 instead of 52 MB/s)."""
+MAX_RELAY_TARGET = 16
+"""Relays on which a place is kept at most: each costs it one of a few hundred, and three are enough to lose two."""
+RELAY_CONNECTIONS = Limits(max_connections=1024, max_inbound=960)
+"""Of a relay: four times the places that it has; who neither holds one nor calls anybody leaves when idle."""
 PATH_PROBE = 5.0
-"""Seconds of silence after which a connection is pinged. A path that hangs is found within these and
-`YamuxConfig.ping_timeout`, whatever a stream on it speaks; between bridges the message dialect finds it in five."""
-KASPAD_INBOUND_SLOTS = 128
-"""kaspad's own default of ``--maxinpeers``. Above it kaspad evicts peers at random, and not only ours."""
+"""Seconds of silence after which a connection is pinged, whatever is on it. A Kaspa stream itself finds a path that
+hangs sooner, see `kas_libp2p.kaspa._liveness`."""
 
 
 class Network(StrEnum):
@@ -90,96 +109,136 @@ class BridgeYamux(YamuxConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The bridge's settings. Each is a flag, a ``KAS_BRIDGE_*`` variable and a key of ``config.toml``.
+class RelayLimitChanges:
+    """Limits of a relay in place of those of its preset; what each means stands in `kas_libp2p.config.RelayLimits`."""
+
+    max_reservations: int | None = None
+    max_reservations_per_ip: int | None = None
+    max_reservations_per_network: int | None = None
+    reservation_seconds: float | None = None
+    max_circuits: int | None = None
+    max_circuits_per_peer: int | None = None
+    max_circuit_bytes: int | None = None
+    max_circuit_seconds: float | None = None
+    max_circuit_rate: int | None = None
+    max_circuit_memory: int | None = None
+    requests_per_peer: int | None = None
+    requests_per_ip: int | None = None
+    request_interval: float | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that there are, by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+class RelayPreset(StrEnum):
+    """What a relay gives away, see `kas_libp2p.config.RelayLimits`."""
+
+    DEFAULT = "default"
+    """Circuits that carry a node's blocks: 2 h and 16 MiB/s each way."""
+    REFERENCE = "reference"
+    """Those of rust-libp2p and kaspad's own overlay: 2 min and 128 KiB."""
+    OPEN = "open"
+    """Circuits without limits, for a relay among friends."""
+
+    @property
+    def limits(self) -> RelayLimits:
+        """The limits themselves."""
+        presets = {"default": RelayLimits, "reference": RelayLimits.reference, "open": RelayLimits.open}
+        return presets[self.value]()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSettings:
+    """Settings of the overlay, which a bridge and a relay have in common.
 
     Attributes:
-        data_dir: directory with the key, the bans, the source addresses and config.toml; made if missing.
-        kaspad: kaspad's P2P address, as host:port. Without it the default port of each network is tried on 127.0.0.1.
-        network: the Kaspa network. Without it, the one of the kaspad that was found.
-        rpc: kaspad's gRPC address, as host:port, or "off". It is only read: version, sync state and peers, for status.
-            Without it the network's default port is tried.
-        source: addresses from which kaspad is dialed, one per peer: an IP or a network such as 127.1.0.0/16
-            (the default for a kaspad on this host), or "one" for a single address. May be repeated.
-        listen: multiaddr to listen on for other bridges. May be repeated; --no-listen only dials.
+        data_dir: directory with the key, the bans, the known relays, the source addresses and config.toml; made if
+            missing.
+        listen: multiaddr to listen on for others. May be repeated; --no-listen only dials.
         announce: multiaddr to tell others instead of those that are found. May be repeated.
-        peer: multiaddr of a peer to keep connected, ending in /p2p/PEER_ID. May be repeated.
         allow: if given, only these peer ids and IP networks may connect. May be repeated.
         deny: peer id or IP network that may not connect. May be repeated.
-        max_joined: how many overlay peers may be joined to kaspad at once. kaspad has 128 inbound slots by default and
-            evicts at random when they are full, so stay well below its --maxinpeers.
-        max_pending: Kaspa handshakes that may be pending at once; kaspad itself stops at 32.
-        max_pending_per_source: the same per source address; kaspad itself stops at 2.
-        upload_limit: bytes per second sent to all overlay peers together, such as 500kB or 2MB; 0 for no limit.
-        compress: whether messages between bridges are compressed with zstd where that pays.
-        kaspad_dials: leave it to kaspad to dial the kept peers, each at a local address of its own, open while
-            the peer is up (kaspad's --addpeer=127.0.k.1:PORT). kas-bridge peers shows them.
-        listener_port: TCP port of those local addresses.
+        role: whether others can dial us. auto finds out; private keeps places on relays; public needs none.
+        relay: multiaddr of a relay to use while we are private, ending in /p2p/RELAY_ID. May be repeated. Others are
+            found among the peers.
+        relay_target: on how many relays to keep a place while we are private; 0: on none.
+        serve_relay: be a relay for others while we are public.
+        relay_purpose: as a relay, carry for peers that serve a Kaspa stream (overlay), or for any.
+        relay_operator: as a relay, who runs it: a domain or a name, the same for all relays of yours. Nobody keeps two
+            places with one operator.
+        relay_limits: what a relay gives away. default: 256 places, circuits of 2 h and 16 MiB/s; reference: as
+            rust-libp2p, circuits of 2 min and 128 KiB; open: circuits without limits.
+        port_mapping: ask the router for a port by PCP, NAT-PMP or UPnP, and its IPv6 firewall to let the port in.
+        relaying: single limits of a relay, in place of those that relay_limits names.
         limits: limits on connections of the overlay.
         dial: timeouts of dialing.
         yamux: stream multiplexing.
+        autonat: finding out who can dial us, and telling others whether they can be dialed.
+        punch: making relayed connections direct.
+        session: Kaspa streams that move from path to path, so that kaspad sees one unbroken peer.
     """
 
     data_dir: Path = field(default_factory=default_data_dir)
-    kaspad: str | None = None
-    network: Network | None = None
-    rpc: str | None = None
-    source: Several = ()
     listen: Annotated[tuple[str, ...], Parameter(negative="--no-listen", show_default=", ".join)] = (
         f"/ip4/0.0.0.0/tcp/{DEFAULT_PORT}",
         f"/ip6/::/tcp/{DEFAULT_PORT}",
     )
     announce: Several = ()
-    peer: Several = ()
     allow: Several = ()
     deny: Several = ()
-    max_joined: int = 64
-    max_pending: int = 16
-    max_pending_per_source: int = 2
-    upload_limit: str = "0"
-    compress: bool = True
-    kaspad_dials: bool = False
-    listener_port: int = DEFAULT_LISTENER_PORT
+    role: Role = Role.AUTO
+    relay: Several = ()
+    relay_target: int = 3
+    serve_relay: bool = False
+    relay_purpose: Purpose = Purpose.OVERLAY
+    relay_operator: str | None = None
+    relay_limits: RelayPreset = RelayPreset.DEFAULT
+    port_mapping: bool = True
+    relaying: Annotated[RelayLimitChanges, Parameter(show=False)] = field(default_factory=RelayLimitChanges)
     limits: Annotated[Limits, Parameter(show=False)] = field(default_factory=Limits)
     dial: Annotated[DialConfig, Parameter(show=False)] = field(default_factory=DialConfig)
-    yamux: Annotated[BridgeYamux, Parameter(show=False)] = field(default_factory=BridgeYamux)
+    yamux: Annotated[YamuxConfig, Parameter(show=False)] = field(default_factory=YamuxConfig)
+    autonat: Annotated[AutoNatConfig, Parameter(show=False)] = field(default_factory=AutoNatConfig)
+    punch: Annotated[PunchConfig, Parameter(show=False)] = field(default_factory=PunchConfig)
+    session: Annotated[SessionConfig, Parameter(show=False)] = field(default_factory=SessionConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", self.data_dir.expanduser().absolute())
-        for name in ("kaspad", "rpc"):
-            value = getattr(self, name)
-            if value is not None and not (name == "rpc" and value == "off"):
-                parse_endpoint(value, f"--{name}")
         for address in (*self.listen, *self.announce):
             _check(parse, address, "--listen or --announce")
-        for target in self.peer:
-            parse_peer(target, "--peer")
         for entry in self.allow:
             parse_entry(entry, "--allow")
         for entry in self.deny:
             parse_entry(entry, "--deny")
-        parse_sources(self.source)
-        parse_rate(self.upload_limit)
-        for name, low, high in (
-            ("max_joined", 1, 4096),
-            ("max_pending", 1, 32),
-            ("max_pending_per_source", 1, 2),
-            ("listener_port", 1, 65535),
-        ):
+        for relay in self.relay:
+            parse_relay(relay, "--relay")
+        self._check_ranges(("relay_target", 0, MAX_RELAY_TARGET))
+        if len(self.relay_operator or "") > MAX_OPERATOR or not (self.relay_operator or "").isprintable():
+            raise ConfigError(
+                f"--relay-operator must be a domain or a name of at most {MAX_OPERATOR} characters, not"
+                f" {self.relay_operator!r}"
+            )
+        tables = {name: getattr(self, name) for name in TABLES}
+        for name, table in (tables | {"relaying": self.given_away()}).items():
+            try:
+                checked(table, f"{name}.")
+            except ConfigError as error:
+                raise ConfigError(str(error).replace("_", "-")) from None
+
+    def given_away(self) -> RelayLimits:
+        """What a relay gives away: the preset with its changes."""
+        return dataclasses.replace(self.relay_limits.limits, **self.relaying.given())
+
+    def _check_ranges(self, *ranges: tuple[str, int, int]) -> None:
+        for name, low, high in ranges:
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"--{name.replace('_', '-')} must be {low} to {high}, not {getattr(self, name)}")
-        for table, smallest in _SMALLEST.items():
-            _check_numbers(table, getattr(self, table), smallest)
 
     @property
     def key_file(self) -> Path:
-        """The bridge's ed25519 key, mode 0600."""
+        """The ed25519 key, mode 0600."""
         return self.data_dir / "key"
-
-    @property
-    def upload_rate(self) -> float:
-        """`upload_limit` in bytes per second, 0 for none."""
-        return parse_rate(self.upload_limit)
 
     def overlay_config(self) -> Config:
         """The settings of the node below."""
@@ -189,31 +248,102 @@ class Settings:
             announce=self.announce,
             allow=self.allow,
             deny=self.deny,
+            role=self.role,
+            port_mapping=self.port_mapping,
+            relay=RelayConfig(
+                relays=self.relay,
+                target=self.relay_target,
+                serve=self.serve_relay,
+                purpose=self.relay_purpose,
+                operator=self.relay_operator or "",
+                limits=self.given_away(),
+                state_file=self.data_dir / RELAYS_FILE,
+            ),
             limits=self.limits,
             dial=self.dial,
             yamux=self.yamux,
+            autonat=self.autonat,
+            punch=dataclasses.replace(self.punch, state_file=self.punch.state_file or self.data_dir / PUNCHES_FILE),
+            session=self.session,
         )
 
 
-_SMALLEST: dict[str, dict[str, float]] = {
-    "limits": {"max_inbound": 0},
-    "dial": {},
-    # The protocol grants every stream 256 KiB from the start.
-    "yamux": {"max_window": 256 * 1024, "max_memory": 256 * 1024, "send_high_water": 64 * 1024},
-}
-"""Least values in the tables of ``config.toml``, where they are not 1 for whole numbers and above 0 for seconds."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelaySettings(NodeSettings):
+    """A relay's settings: what a bridge has below kaspad, with defaults of its own.
+
+    Attributes:
+        role: whether others can dial us: public unless told otherwise, for only such a one can be a relay. auto finds
+            out, and is no relay until it has.
+        limits: room for everybody who may hold a place, and for their callers.
+    """
+
+    role: Role = Role.PUBLIC
+    serve_relay: Annotated[bool, Parameter(parse=False)] = True
+    limits: Annotated[Limits, Parameter(show=False)] = field(default_factory=lambda: RELAY_CONNECTIONS)
 
 
-def _check_numbers(table: str, values: Limits | DialConfig | YamuxConfig, smallest: Mapping[str, float]) -> None:
-    for each in dataclasses.fields(values):
-        value = getattr(values, each.name)
-        name = f"{table}.{each.name.replace('_', '-')}"
-        if isinstance(value, int):
-            low = smallest.get(each.name, 1)
-            if value < low:
-                raise ConfigError(f"{name} must be {low} or more, not {value}")
-        elif not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be a number of seconds above 0, not {value:g}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(NodeSettings):
+    """The bridge's settings. Each is a flag, a ``KAS_BRIDGE_*`` variable and a key of ``config.toml``.
+
+    Attributes:
+        kaspad: kaspad's P2P address, as host:port. Without it the default port of each network is tried on 127.0.0.1.
+        network: the Kaspa network. Without it, the one of the kaspad that was found.
+        rpc: kaspad's gRPC address, as host:port, or "off". It is only read: version, sync state and peers, for status.
+            Without it the network's default port is tried.
+        source: addresses from which kaspad is dialed, one per peer: an IP or a network such as 127.1.0.0/16
+            (the default for a kaspad on this host), or "one" for a single address. May be repeated.
+        peer: multiaddr of a peer to keep connected, ending in /p2p/PEER_ID. May be repeated.
+        max_joined: how many overlay peers may be joined to kaspad at once. kaspad has 128 inbound slots by default and
+            evicts at random when they are full, so stay well below its --maxinpeers.
+        max_pending: Kaspa handshakes that may be pending at once; kaspad itself stops at 32.
+        max_pending_per_source: the same per source address; kaspad itself stops at 2.
+        max_pending_per_host: the same for the peers of one remote host, an IPv4 address or an IPv6 /64.
+        upload_limit: bytes per second sent to all overlay peers together, such as 500kB or 2MB; 0 for no limit.
+        compress: whether messages between bridges are compressed with zstd where that pays.
+        kaspad_dials: leave it to kaspad to dial the kept peers, each at a local address of its own, open while
+            the peer is up (kaspad's --addpeer=127.0.k.1:PORT). kas-bridge peers shows them.
+        listener_port: TCP port of those local addresses.
+    """
+
+    kaspad: str | None = None
+    network: Network | None = None
+    rpc: str | None = None
+    source: Several = ()
+    peer: Several = ()
+    max_joined: int = 64
+    max_pending: int = 16
+    max_pending_per_source: int = 2
+    max_pending_per_host: int = 4
+    upload_limit: str = "0"
+    compress: bool = True
+    kaspad_dials: bool = False
+    listener_port: int = DEFAULT_LISTENER_PORT
+    yamux: Annotated[BridgeYamux, Parameter(show=False)] = field(default_factory=BridgeYamux)
+
+    def __post_init__(self) -> None:
+        for name in ("kaspad", "rpc"):
+            value = getattr(self, name)
+            if value is not None and not (name == "rpc" and value == "off"):
+                parse_endpoint(value, f"--{name}")
+        for target in self.peer:
+            parse_peer(target, "--peer")
+        parse_sources(self.source)
+        parse_rate(self.upload_limit)
+        self._check_ranges(
+            ("max_joined", 1, 4096),
+            ("max_pending", 1, 32),
+            ("max_pending_per_source", 1, 2),
+            ("max_pending_per_host", 1, 32),
+            ("listener_port", 1, 65535),
+        )
+        NodeSettings.__post_init__(self)  # super() knows another class: dataclasses make slots by copying it
+
+    @property
+    def upload_rate(self) -> float:
+        """`upload_limit` in bytes per second, 0 for none."""
+        return parse_rate(self.upload_limit)
 
 
 def _check(parser: Any, value: str, name: str) -> Any:
@@ -257,6 +387,22 @@ def parse_peer(text: str, name: str = "peer") -> str:
             "the other operator sees the whole address in kas-bridge status"
         )
     return peer
+
+
+def parse_relay(text: str, name: str = "relay") -> str:
+    """Check a relay to be used and return its peer id.
+
+    Raises:
+        ConfigError: it is no multiaddr of a host that ends in ``/p2p/<relay id>``.
+    """
+    address = _check(parse, text, name)
+    relay = peer_of(address)
+    if relay is None or is_relayed(address):
+        raise ConfigError(
+            f"{name}: {text} leads to no relay: it looks like /ip4/192.0.2.1/tcp/16117/p2p/12D3KooW…, as"
+            " kas-bridge relay shows its own"
+        )
+    return relay
 
 
 def parse_entry(text: str, name: str = "entry") -> str:
@@ -317,7 +463,15 @@ def parse_rate(text: str) -> float:
         ) from None
 
 
-TABLES: dict[str, type] = {"limits": Limits, "dial": DialConfig, "yamux": BridgeYamux}
+TABLES: dict[str, type] = {
+    "relaying": RelayLimitChanges,
+    "limits": Limits,
+    "dial": DialConfig,
+    "yamux": BridgeYamux,
+    "autonat": AutoNatConfig,
+    "punch": PunchConfig,
+    "session": SessionConfig,
+}
 """Settings of the floors below, each group a table of ``config.toml``."""
 
 
@@ -326,7 +480,7 @@ def setting_names(kind: type = Settings, prefix: str = "") -> list[str]:
     names = []
     for each in dataclasses.fields(kind):
         name = prefix + each.name.replace("_", "-")
-        nested = TABLES.get(each.name) if kind is Settings else None
+        nested = TABLES.get(each.name) if issubclass(kind, NodeSettings) else None
         names += setting_names(nested, f"{name}.") if nested else [name]
     return names
 

@@ -19,7 +19,7 @@ from kas_libp2p.errors import KasError
 from kas_libp2p.events import Subscription
 
 if TYPE_CHECKING:
-    from kas_bridge.app import Bridge
+    from kas_bridge.daemon import Daemon
 
 MAX_CONNECTIONS = 32
 """Open at once. A few programs watch events; more is a mistake, and then the operator's own question still gets in: in
@@ -98,7 +98,7 @@ class ControlServer:
         malformed: requests that could not be understood.
     """
 
-    def __init__(self, bridge: Bridge, listener: socket.socket, path: Path) -> None:
+    def __init__(self, bridge: Daemon, listener: socket.socket, path: Path) -> None:
         self._bridge = bridge
         self._listener = trio.socket.from_stdlib_socket(listener)
         self._path = path
@@ -199,7 +199,7 @@ class ControlServer:
             case "status":
                 return bridge.status() | {"control_refused": self.refused, "control_malformed": self.malformed}
             case "peers":
-                return {"peers": bridge.peers()}
+                return {"mode": bridge.mode, "peers": bridge.peers(), "upgrades": bridge.upgrades()}
             case "why":
                 return bridge.why(fields["peer"])
             case "connect":
@@ -211,7 +211,7 @@ class ControlServer:
             case "unban":
                 return bridge.unban(fields["target"])
             case _:
-                return {"pid": os.getpid()}
+                return {"pid": os.getpid(), "mode": bridge.mode}
 
 
 async def _stream_events(stream: trio.SocketStream, events: Subscription) -> None:

@@ -86,28 +86,44 @@ def finder(count: int) -> Callable[[bytes], pb.Block | None]:
     return find
 
 
-async def fetch(peer: KaspaPeer, count: int, tell: Callable[..., None]) -> None:
-    """Measure round trips, then fetch all blocks and check each.
+class Fetch:
+    """Fetches blocks, from the next peer where one is lost.
 
-    Raises:
-        KasError, ValueError: the peer ended, or a block is not what was asked for.
+    Attributes:
+        done: blocks that are here, each of them checked.
     """
-    tell("joined", agent=peer.info.user_agent, protocol_version=peer.info.protocol_version)
-    tell("pings", seconds=[await peer.ping() for _ in range(PINGS)])
-    begun = last = trio.current_time()
-    done = size = 0
-    while done < count:
-        numbers = range(done, min(done + BATCH, count))
-        async for block in peer.request_blocks([block_hash(number) for number in numbers]):
-            check_block(done, block)
-            done += 1
-            size += block.ByteSize()
-            now = trio.current_time()
-            if now - last >= REPORT_EVERY:
-                last = now
-                tell("progress", blocks=done, bytes=size, seconds=now - begun)
-    tell("fetched", blocks=done, bytes=size, seconds=trio.current_time() - begun)
-    tell("pings", seconds=[await peer.ping() for _ in range(PINGS)])
+
+    def __init__(self, count: int, tell: Callable[..., None]) -> None:
+        self.done = 0
+        self._count = count
+        self._tell = tell
+        self._size = 0
+        self._begun = 0.0
+
+    async def by(self, peer: KaspaPeer) -> None:
+        """Measure round trips, fetch what is missing, and measure again.
+
+        Raises:
+            KasError: the peer is gone.
+            ValueError: a block is not what was asked for.
+        """
+        tell = self._tell
+        tell("joined", agent=peer.info.user_agent, protocol_version=peer.info.protocol_version)
+        tell("pings", seconds=[await peer.ping() for _ in range(PINGS)])
+        begun = last = trio.current_time()
+        self._begun = self._begun or begun
+        while self.done < self._count:
+            numbers = range(self.done, min(self.done + BATCH, self._count))
+            async for block in peer.request_blocks([block_hash(number) for number in numbers]):
+                check_block(self.done, block)
+                self.done += 1
+                self._size += block.ByteSize()
+                now = trio.current_time()
+                if now - last >= REPORT_EVERY:
+                    last = now
+                    tell("progress", blocks=self.done, bytes=self._size, seconds=now - self._begun)
+        tell("fetched", blocks=self.done, bytes=self._size, seconds=trio.current_time() - self._begun)
+        tell("pings", seconds=[await peer.ping() for _ in range(PINGS)])
 
 
 async def run(count: int, *, fetching: bool) -> None:
@@ -120,16 +136,19 @@ async def run(count: int, *, fetching: bool) -> None:
     kaspa = LightPeer(NETWORK, user_agent="/kas-light:0.1.0/", blocks=finder(0 if fetching else count))
     async with kaspa, trio.open_nursery() as nursery:
         tell("listening", port=await nursery.start(kaspa.listen))
-        while fetching:
+        fetch = Fetch(count, tell)
+        while fetching and fetch.done < count:
             while not kaspa.peers:  # noqa: ASYNC110 - a list without an event; nothing is measured here
                 await trio.sleep(0.01)
             try:
-                await fetch(kaspa.peers[0], count, tell)
-            except (KasError, ValueError) as error:
+                await fetch.by(kaspa.peers[-1])
+            except KasError as error:  # it may come back, by another way
+                tell("interrupted", reason=str(error))
+            except ValueError as error:
                 tell("failed", reason=str(error))
-            else:
-                tell("done")
-            break
+                break
+        if fetching:
+            tell("done")
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ Rules:
 - Prior knowledge: no upgrade, no TLS. One request per connection, ``POST`` to one path; any further stream is refused.
 - A server answers with its headers at once, since kaspad as client waits for them before it says anything.
 - A message is a flag, four bytes of length, and its bytes. An uncompressed one passes in pieces as it arrives; a
-  compressed one is collected and unpacked by steps, as only its end tells its size, which has to be said first. Its
-  size is capped before and after.
+  compressed one is collected and unpacked by steps, as only its end tells its size, which has to be said first. A large
+  one passes in pieces too, as it is, where whoever gets it can take that. Its size is capped before and after.
 - Messages are cut and unpacked as they are taken, one batch ahead. What was not cut is not granted again, so a reader
   that does not read stops the peer after one window, and never the connection's pings.
 - A stream ends in order with trailers that say status 0; every other end is an error with its reason.
@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote
 from h2.errors import ErrorCodes
 
 from kas_libp2p.errors import ConnectionLost, GrpcError, KasError, LocalProtocolError, RemoteProtocolError
-from kas_libp2p.kaspa._gunzip import Unpacker
+from kas_libp2p.kaspa._gunzip import Passer, Unpacker
 from kas_libp2p.kaspa._http2 import (
     Broken,
     Ended,
@@ -33,11 +33,11 @@ from kas_libp2p.kaspa._http2 import (
     Happening,
     HeadersCame,
     Http2,
-    PingAnswered,
     Reset,
     TrailersCame,
 )
-from kas_libp2p.kaspa.channel import BATCH, MAX_MESSAGE, Piece
+from kas_libp2p.kaspa._liveness import ANSWER_WITHIN, PROBE_AFTER, Act, Liveness
+from kas_libp2p.kaspa.channel import BATCH, MAX_MESSAGE, PackedPiece, PathHung, Piece
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -54,6 +54,8 @@ GZIP_LEVEL = 1
 """What is won by higher levels on Kaspa's messages, which are mostly hashes and signatures, is not worth their time."""
 GZIP_WORTHWHILE = 128
 """Bytes below which gzip's own 18 bytes eat the gain."""
+COLLECTED = BATCH
+"""Bytes of a compressed message that is collected and unpacked here in any case."""
 MAX_REASON = 256
 """Characters of a peer's ``grpc-message`` that are kept."""
 
@@ -72,18 +74,22 @@ class GrpcSettings:
         authority: host of the request (client only).
         gzip: as client: offer gzip, and compress what is sent; as server: compress what is sent if it was offered.
             Compressed messages are understood in any case.
+        passes_gzip: as client: say that some messages will be compressed, to pass on those that came so.
         max_message: bytes of one message, unpacked.
         stream_window, connection_window: bytes that may be under way to us. One stream is all there is, so the
             connection's is at least the stream's.
         max_frame: bytes of one frame to us; larger ones cost less per byte.
         max_header_list: bytes of headers.
-        keepalive: seconds of silence after which a ping is sent; 0 for never.
-        keepalive_timeout: seconds after which an unanswered ping ends the connection.
+        keepalive: seconds of silence after which a ping is sent; infinite for never.
+        keepalive_timeout: seconds after which an unanswered ping ends the connection, unless what was sent still moves.
+        liveness: find a path that hangs while something may be owed within seconds, as the message dialect does: pings
+            then follow the times of `kas_libp2p.kaspa._liveness`, and ``keepalive`` counts on an idle connection only.
     """
 
     path: str = P2P_PATH
     authority: str = "kas-libp2p"
     gzip: bool = False
+    passes_gzip: bool = False
     max_message: int = MAX_MESSAGE
     stream_window: int = 2 * MIB
     connection_window: int = 4 * MIB
@@ -91,6 +97,7 @@ class GrpcSettings:
     max_header_list: int = 16 * KIB
     keepalive: float = 30.0
     keepalive_timeout: float = 10.0
+    liveness: bool = False
 
 
 class GrpcMachine:
@@ -106,6 +113,8 @@ class GrpcMachine:
         accepted: whether the call stands: the request was seen, or the response's headers.
         busy: whether `take` has more to do without any more bytes.
         peer_ended: whether the peer ended its side in order, though not everything may have been taken.
+        takes_packed: whether `send` takes a `PackedPiece`.
+        gives_packed: whether `take` may give one.
     """
 
     def __init__(self, *, client: bool, settings: GrpcSettings, now: float) -> None:
@@ -114,11 +123,18 @@ class GrpcMachine:
         self.error: KasError | None = None
         self.accepted = False
         self.busy = False
-        self._last_heard = now
-        self._ping_sent: float | None = None
+        self._liveness = Liveness(
+            now,
+            probe_after=PROBE_AFTER if settings.liveness else settings.keepalive,
+            idle_probe_after=settings.keepalive,
+            answer_within=ANSWER_WITHIN if settings.liveness else settings.keepalive_timeout,
+        )
+        self._liveness.on_reading(now)
         self.peer_ended = False
         self._eof_queued = False
         self._gzip_out = False
+        self.takes_packed = False
+        self.gives_packed = False
         # Cut ahead.
         self._pieces: list[Piece] = []
         # The message that is being received: what is there of its prefix ...
@@ -128,7 +144,9 @@ class GrpcMachine:
         self._remaining = 0
         self._fresh = False
         self._packed: bytearray | None = None
-        self._unpacker: Unpacker | None = None
+        self._passer: Passer | None = None
+        # What has to be done before more is cut.
+        self._work: Unpacker | Passer | None = None
         self._http2 = Http2(
             client=client,
             stream_window=settings.stream_window,
@@ -153,7 +171,10 @@ class GrpcMachine:
         ]
         if settings.gzip:
             headers += [("grpc-encoding", "gzip"), ("grpc-accept-encoding", "gzip,identity")]
-            self._gzip_out = True
+            self._gzip_out = self.takes_packed = True
+        elif settings.passes_gzip:
+            headers.append(("grpc-encoding", "gzip"))
+            self.takes_packed = True
         self._http2.open(headers)
 
     @property
@@ -171,13 +192,16 @@ class GrpcMachine:
         """
         if self.error is not None:
             return
-        self._last_heard = now
         if not data:
             self._fail(ConnectionLost("the peer closed the connection"))
             return
+        self._liveness.on_received(len(data), now)
+        self._liveness.on_reading(now)
         for happening in self._http2.receive(data, now):
             if self.error is None:
                 self._handle(happening)
+        if self._http2.inbox:
+            self._liveness.on_moved(now)
         if not self._pieces:
             self._pieces = self._cut(BATCH)
 
@@ -200,8 +224,6 @@ class GrpcMachine:
                     self._fail(ConnectionLost(f"the peer ended HTTP/2 with code {code} {detail}".strip()))
                 elif self.client and last < self._http2.stream_id:
                     self._fail(ConnectionLost("the peer is leaving and did not take up the call"))
-            case PingAnswered():
-                self._ping_sent = None
             case Broken(error):
                 self._fail(error)
 
@@ -216,7 +238,7 @@ class GrpcMachine:
         response = [(":status", "200"), ("content-type", "application/grpc")]
         if "gzip" in headers.get("grpc-accept-encoding", "") and self.settings.gzip:
             response.append(("grpc-encoding", "gzip"))
-            self._gzip_out = True
+            self._gzip_out = self.takes_packed = True
         response.append(("grpc-accept-encoding", "gzip,identity"))
         self._http2.accept(response)
 
@@ -255,8 +277,8 @@ class GrpcMachine:
         self.busy = False
         try:
             while limit > 0:
-                if self._unpacker is not None:
-                    limit -= self._unpack(self._unpacker, pieces, limit)
+                if self._work is not None:
+                    limit -= self._step(self._work, pieces, limit)
                 elif self._http2.inbox:
                     limit -= self._cut_chunk(pieces, limit)
                 else:
@@ -268,7 +290,7 @@ class GrpcMachine:
         except RemoteProtocolError as error:
             self._fail(error)
             self._http2.inbox.clear()
-            self._unpacker = None
+            self._work = None
             self._http2.close(ErrorCodes.PROTOCOL_ERROR)
         return pieces
 
@@ -278,16 +300,19 @@ class GrpcMachine:
         view = memoryview(inbox.popleft())
         position, end, left = 0, len(view), limit
         most = self.settings.max_message
-        while position < end and left > 0 and self._unpacker is None:
+        while position < end and left > 0 and self._work is None:
             if self._remaining:
                 data = view[position : position + self._remaining]
                 length = len(data)
                 position += length
                 self._remaining -= length
-                if self._packed is not None:
+                if self._passer is not None:
+                    self._passer.feed(data)
+                    self._work = self._passer
+                elif self._packed is not None:
                     self._packed += data
                     if not self._remaining:
-                        self._unpacker = Unpacker(self._packed, most)
+                        self._work = Unpacker(self._packed, most)
                         self._packed = None
                 else:
                     pieces.append(Piece(data, self._remaining, self._fresh, self._size))
@@ -326,19 +351,24 @@ class GrpcMachine:
         if flag:
             if not size:
                 raise RemoteProtocolError("gRPC: an empty message is said to be compressed")
-            self._packed = bytearray()
+            if self.gives_packed and size > COLLECTED:
+                self._passer = Passer(size, self.settings.max_message)
+            else:
+                self._packed = bytearray()
         self._remaining = self._size = size
         self._fresh = True
 
-    def _unpack(self, unpacker: Unpacker, pieces: list[Piece], limit: int) -> int:
+    def _step(self, work: Unpacker | Passer, pieces: list[Piece], limit: int) -> int:
         """Do a step of unpacking. Returns what it cost."""
-        piece = unpacker.step(limit)
+        piece = work.step(limit)
         if piece is None:
-            return unpacker.cost
+            return work.cost
         pieces.append(piece)
         if not piece.remaining:
-            self._unpacker = None
-        return unpacker.cost + len(piece.data) + PIECE_COST
+            self._work = self._passer = None
+        elif work is self._passer:
+            self._work = None
+        return work.cost + len(piece.data) + PIECE_COST
 
     @property
     def waiting(self) -> int:
@@ -366,7 +396,7 @@ class GrpcMachine:
         """Bytes given to `send` that are not in `data_to_send` yet."""
         return self._http2.queued
 
-    def send(self, pieces: Sequence[Piece]) -> None:
+    def send(self, pieces: Sequence[Piece], now: float) -> None:
         """Queue pieces.
 
         Raises:
@@ -377,11 +407,13 @@ class GrpcMachine:
             raise self.error
         if self._eof_queued:
             raise LocalProtocolError("this side was ended")
+        self._liveness.on_moved(now)
         parts: list[bytes | memoryview] = []
-        for data, _, first, size in pieces:
+        for piece in pieces:
+            data, _, first, size = piece
             if first:
-                flag = 0
-                if self._gzip_out and len(data) == size and size >= GZIP_WORTHWHILE:
+                flag = int(isinstance(piece, PackedPiece))
+                if self._gzip_out and not flag and len(data) == size and size >= GZIP_WORTHWHILE:
                     data = zlib.compress(data, GZIP_LEVEL, 31)
                     flag, size = 1, len(data)
                 parts.append(_PREFIX.pack(flag, size))
@@ -430,26 +462,31 @@ class GrpcMachine:
 
     # Time and ends
 
+    @property
+    def last_heard(self) -> float:
+        """When anything came from the peer."""
+        return self._liveness.last_heard
+
     def next_deadline(self) -> float:
         """When `on_timeout` is due."""
-        if self.error is not None or not self.settings.keepalive:
-            return float("inf")
-        if self._ping_sent is not None:
-            return self._ping_sent + self.settings.keepalive_timeout
-        return self._last_heard + self.settings.keepalive
+        deadline = None if self.error is not None else self._liveness.next_deadline()
+        return float("inf") if deadline is None else deadline
 
-    def on_timeout(self, now: float) -> None:
-        """Send a ping into silence, or end the call if the last one was not answered."""
-        if now < self.next_deadline():
+    def on_timeout(self, now: float, delivered: int = 0) -> None:
+        """Send a ping into silence, or end the call if the last one was not answered. Harmless when nothing is due.
+
+        Args:
+            delivered: see `kas_libp2p.metadata.OverlayStream.delivered`: while it grows, the ping may be on its way.
+        """
+        if self.error is not None:
             return
-        if self._ping_sent is not None:
-            if self._last_heard > self._ping_sent:
-                self._ping_sent = None
-                return
-            self._fail(ConnectionLost(f"no answer to an HTTP/2 ping within {self.settings.keepalive_timeout:g} s"))
-            return
-        self._ping_sent = now
-        self._http2.ping()
+        self._liveness.on_delivered(delivered, now)
+        for act in self._liveness.on_timeout(now):
+            if act is Act.PROBE:
+                self._http2.ping()
+            elif act is Act.HUNG:
+                silent = now - self._liveness.last_heard
+                self._fail(PathHung(f"the path hangs: nothing came for {silent:.1f} s, not even the answer to a ping"))
 
     def close(self) -> None:
         """Say that the connection ends, once. What is queued is dropped if the end was not queued before."""

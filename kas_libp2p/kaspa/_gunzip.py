@@ -1,4 +1,6 @@
-"""One gzip-compressed message, unpacked by steps: bounded in memory whatever it unpacks to, and in time per step.
+"""One gzip-compressed message, by steps: bounded in memory whatever it unpacks to, and in time per step.
+
+`Unpacker` unpacks it; `Passer` lets it pass as it is.
 
 Who passes a message on has to say its size first, and only the end of a compressed one tells it. So what unpacks to
 more than `KEPT` is unpacked twice: once to count it, thrown away, and again as it is taken. A message of a few KiB that
@@ -13,7 +15,7 @@ import zlib
 from collections import deque
 
 from kas_libp2p.errors import RemoteProtocolError
-from kas_libp2p.kaspa.channel import Piece
+from kas_libp2p.kaspa.channel import PackedPiece, Piece
 
 KEPT = 1024 * 1024
 """Bytes unpacked that are kept until the size is known; the messages of a synced node are smaller."""
@@ -88,6 +90,50 @@ class Unpacker:
                 self._again = self._reader.copy()
 
 
+class Passer:
+    """Lets one message pass compressed, each part once what it unpacks to has been counted.
+
+    So one that is damaged, or unpacks to more than it may, is cut before its end, and nobody will unpack it.
+
+    Args:
+        size: bytes of the compressed message.
+        limit: bytes that it may unpack to.
+
+    Attributes:
+        cost: bytes that went in and came out in the last step.
+    """
+
+    def __init__(self, size: int, limit: int) -> None:
+        self.cost = 0
+        self._size = self._remaining = size
+        self._limit = limit
+        self._unpacked = 0
+        self._part: bytes | memoryview = b""
+        self._reader = _Reader(b"")
+
+    def feed(self, part: memoryview) -> None:
+        """The next bytes of the message, at least one; after the part before it was given by `step`."""
+        self._part = part
+        self._remaining -= len(part)
+        self._reader.feed(part)
+
+    def step(self, room: int) -> Piece | None:
+        """Do some work: at most `STEP` bytes go in or come out. Returns the part, or ``None`` while it is not through.
+
+        Raises:
+            RemoteProtocolError: it is damaged, cut short, followed by something, or unpacks to more than the limit.
+        """
+        reader = self._reader
+        self._unpacked += len(reader.read(STEP))
+        self.cost = reader.cost
+        if self._unpacked > self._limit:
+            raise RemoteProtocolError(f"gRPC: a compressed message unpacks to more than {self._limit} bytes")
+        if reader.hungry if self._remaining else reader.ended:
+            first = self._remaining + len(self._part) == self._size
+            return PackedPiece(self._part, self._remaining, first, self._size)
+        return None
+
+
 class _Reader:
     """Reads the unpacked bytes in turn.
 
@@ -108,6 +154,16 @@ class _Reader:
         other._position = self._position
         other._zlib = self._zlib.copy()
         return other
+
+    def feed(self, packed: memoryview) -> None:
+        """Hand over more of the message; what was handed over before must have been used up."""
+        self._packed = packed
+        self._position = 0
+
+    @property
+    def hungry(self) -> bool:
+        """Whether everything that was handed over went in."""
+        return self._position == len(self._packed) and not self._zlib.unconsumed_tail
 
     @property
     def ended(self) -> bool:

@@ -31,7 +31,6 @@ from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import (
     Event,
-    PingAckReceived,
     RemoteSettingsChanged,
     RequestReceived,
     ResponseReceived,
@@ -130,18 +129,13 @@ class GoneAway:
 
 
 @dataclass(frozen=True, slots=True)
-class PingAnswered:
-    """The peer answered our ping."""
-
-
-@dataclass(frozen=True, slots=True)
 class Broken:
     """The peer broke the protocol; `Http2.data_to_send` gives what tells it so. Nothing comes after it."""
 
     error: RemoteProtocolError
 
 
-Happening: TypeAlias = HeadersCame | TrailersCame | Ended | Reset | GoneAway | PingAnswered | Broken
+Happening: TypeAlias = HeadersCame | TrailersCame | Ended | Reset | GoneAway | Broken
 Chunk: TypeAlias = bytes | bytearray | memoryview
 P = ParamSpec("P")
 
@@ -465,8 +459,6 @@ class Http2:
                     self._blame("data after its end", ErrorCodes.STREAM_CLOSED)
                 self.abandon()
                 happenings.append(Reset(int(event.error_code)))
-            case PingAckReceived():
-                happenings.append(PingAnswered())
             case RemoteSettingsChanged():
                 changed = event.changed_settings.get(SettingCodes.INITIAL_WINDOW_SIZE)
                 if changed is not None:

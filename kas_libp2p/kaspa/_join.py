@@ -210,6 +210,10 @@ class End(StrEnum):
     PEER_KASPAD = "peer's kaspad unavailable"
     PEER_BROKE = "peer broke the protocol"
     PEER_CLOSED = "closed by the peer"
+    PEER_STOPPED = "peer stopped"
+    """Its bridge went away in order."""
+    PEER_RESTARTED = "peer restarted"
+    """Its bridge has started anew, and knows nothing of what was before."""
     PATH_HUNG = "path hung"
     """Nothing came although something was owed."""
     PATH_LOST = "path lost"
@@ -246,6 +250,8 @@ TRANSIENT = frozenset(
         End.PEER_BUSY,
         End.PEER_KASPAD,
         End.PEER_CLOSED,
+        End.PEER_STOPPED,
+        End.PEER_RESTARTED,
         End.PATH_HUNG,
         End.PATH_LOST,
         End.BUSY,
@@ -351,15 +357,47 @@ def told_by_peer(code: int, text: str) -> Ended:
         CloseCode.NO_VERSION: End.PEER_SILENT,
         CloseCode.NO_KASPAD: End.PEER_KASPAD,
         CloseCode.REFUSED: End.REFUSED,
-        CloseCode.STALLED: End.PATH_HUNG,
+        CloseCode.STALLED: End.PEER_KASPAD,  # of a path that hangs nobody hears
     }
     if code == CloseCode.REJECTED:
         return Ended(reject_reason(text), Side.PEER, text)
+    if code == CloseCode.GOING_AWAY and text == End.STOPPED:
+        return Ended(End.PEER_STOPPED, Side.PEER)
     try:
         reason = reasons.get(CloseCode(code), End.PEER_CLOSED)
     except ValueError:
         reason = End.PEER_CLOSED
     return Ended(reason, Side.PEER, text)
+
+
+_SESSION_ENDS = {
+    "busy": End.PEER_BUSY,
+    "refused": End.REFUSED,
+    "stopped": End.PEER_STOPPED,
+    "restarted": End.PEER_RESTARTED,
+    "unknown": End.PEER_RESTARTED,
+    "ended": End.PEER_CLOSED,
+}
+"""By the word of `kas_libp2p.events.SessionEnded`."""
+
+
+def session_ended(code: str, by_peer: bool, text: str) -> Ended:
+    """What the end of the session under a stream means.
+
+    Args:
+        code: why, in the word of `kas_libp2p.events.SessionEnded`.
+        by_peer: whether the other side ended it.
+        text: in words.
+    """
+    text = text[:MAX_TEXT]
+    if code == "protocol":
+        return Ended(End.PEER_CLOSED if by_peer else End.PEER_BROKE, Side.PEER, text)
+    if code not in _SESSION_ENDS:
+        return Ended(End.PATH_LOST, Side.PATH, text)
+    reason = _SESSION_ENDS[code]
+    if by_peer or reason is End.PEER_RESTARTED:
+        return Ended(reason, Side.PEER, text)
+    return Ended(End.REFUSED if reason is End.REFUSED else End.STOPPED, Side.US, text)
 
 
 # -- Who waits for whom ------------------------------------------------------------------------------------------------
@@ -560,7 +598,16 @@ STALE_AFTER = 3.0
 """Seconds of silence after which a peer that comes again is believed to have lost its old stream."""
 
 
-def choose(*, ours: str, theirs: str, old_opener: bool, new_opener: bool, old_pending: bool, silence: float) -> Rival:
+def choose(
+    *,
+    ours: str,
+    theirs: str,
+    old_opener: bool,
+    new_opener: bool,
+    old_pending: bool,
+    silence: float,
+    from_relay: bool = False,
+) -> Rival:
     """Which of two streams of one peer stays. Both sides come to the same answer where both see the same.
 
     Args:
@@ -568,7 +615,10 @@ def choose(*, ours: str, theirs: str, old_opener: bool, new_opener: bool, old_pe
         old_opener, new_opener: whether we opened the stream.
         old_pending: whether the old one's handshake is not finished.
         silence: seconds since anything came on the old one.
+        from_relay: whether the old one goes through a relay, and the new one does not.
     """
+    if from_relay:
+        return Rival.REPLACE
     if old_pending and old_opener != new_opener:
         # Both opened at once: the stream that the smaller peer id opened stays.
         new_stays = (ours < theirs) == new_opener

@@ -7,6 +7,7 @@ of a second. So silence is noticed within seconds, and a busy peer is told apart
 - Whoever does not read, as what is behind it takes nothing more, says that it is alive every `TELL_AFTER`.
 - Whoever has heard nothing for `PROBE_AFTER` asks, and is answered at once; without a word for `ANSWER_WITHIN` the path
   is hung. A side that does not read judges nobody: the answer may lie unread before it.
+- Whoever sees that what it sent still moves towards the peer waits on: its question may lie behind a deep queue.
 - Data moved within the last `OWED_FOR`: something may be owed in either direction. After that kaspad itself would have
   given up, and an idle connection is probed every `IDLE_PROBE_AFTER` only.
 """
@@ -48,6 +49,10 @@ class Act(Enum):
 class Liveness:
     """Watches one channel. What it learns of comes with ``now``; `next_deadline` and `on_timeout` drive it.
 
+    Args:
+        now: when the channel began.
+        probe_after, idle_probe_after, answer_within: seconds; see the module for what they stand for.
+
     Attributes:
         sent: bytes of our direction handed to the stream.
         received: bytes of the other direction taken from the stream.
@@ -55,7 +60,17 @@ class Liveness:
         last_heard: when anything came from the peer.
     """
 
-    def __init__(self, now: float) -> None:
+    def __init__(
+        self,
+        now: float,
+        *,
+        probe_after: float = PROBE_AFTER,
+        idle_probe_after: float = IDLE_PROBE_AFTER,
+        answer_within: float = ANSWER_WITHIN,
+    ) -> None:
+        self._probe_after = probe_after
+        self._idle_probe_after = idle_probe_after
+        self._answer_within = answer_within
         self.sent = 0
         self.received = 0
         self.acknowledged = 0
@@ -64,6 +79,7 @@ class Liveness:
         self._untold = False  # whether data came since the last Alive; control frames alone are not answered
         self._tell_at: float | None = now + TELL_AFTER
         self._probed_at: float | None = None
+        self._delivered = 0
         self._reading = False
         self._reading_since = now
         self._busy = 0.0
@@ -95,9 +111,16 @@ class Liveness:
         self._moved = now
         self._untold = True
 
-    def on_queued(self, now: float) -> None:
-        """A message, or a part of one, is on its way out."""
+    def on_moved(self, now: float) -> None:
+        """A message, or a part of one, came or is on its way out."""
         self._moved = now
+
+    def on_delivered(self, total: int, now: float) -> None:
+        """So many bytes have reached the peer's host, as far as is known. Wants to be told every second or so."""
+        if total != self._delivered:
+            self._delivered = total
+            if self._probed_at is not None:
+                self._probed_at = now
 
     def on_sent(self, count: int) -> None:
         """Bytes were handed to the stream."""
@@ -110,6 +133,10 @@ class Liveness:
         self.acknowledged = received
         return True
 
+    def tell_due(self, now: float) -> bool:
+        """Whether an `Alive` is due, for who runs no timer and tells with the data that comes."""
+        return self._tell_at is not None and now >= self._tell_at
+
     def on_told(self, now: float) -> None:
         """An `Alive` was made."""
         self._untold = False
@@ -117,13 +144,13 @@ class Liveness:
 
     def _probe_at(self) -> float:
         owed = self.last_heard < self._moved + OWED_FOR
-        return max(self.last_heard, self._reading_since) + (PROBE_AFTER if owed else IDLE_PROBE_AFTER)
+        return max(self.last_heard, self._reading_since) + (self._probe_after if owed else self._idle_probe_after)
 
     def next_deadline(self) -> float | None:
         """When `on_timeout` wants to be called, unless something happens before."""
         deadline = self._tell_at
         if self._reading and not self.hung:
-            silence = self._probe_at() if self._probed_at is None else self._probed_at + ANSWER_WITHIN
+            silence = self._probe_at() if self._probed_at is None else self._probed_at + self._answer_within
             deadline = silence if deadline is None else min(deadline, silence)
         return deadline
 
@@ -139,10 +166,10 @@ class Liveness:
             if now >= self._probe_at():
                 self._probed_at = now
                 acts.append(Act.PROBE)
-        elif now >= self._probed_at + ANSWER_WITHIN + LATE:
+        elif now >= self._probed_at + self._answer_within + LATE:
             self._probed_at = now
             acts.append(Act.PROBE)
-        elif now >= self._probed_at + ANSWER_WITHIN:
+        elif now >= self._probed_at + self._answer_within:
             self.hung = True
             acts.append(Act.HUNG)
         return acts

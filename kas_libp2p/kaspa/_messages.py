@@ -195,15 +195,22 @@ def decode(kind: int, payload: bytes) -> Control:
         raise RemoteProtocolError(f"malformed {Kind(kind).name.lower()}") from None
 
 
-def encode_pieces(pieces: Sequence[Piece]) -> list[bytes | memoryview]:
-    """The frames of some pieces, two buffers a frame (header and data), the data uncopied."""
+CUT = 256 * 1024
+"""Bytes of the parts into which a message is cut that comes in one piece: control frames may go between them."""
+
+
+def encode_pieces(pieces: Sequence[Piece], cut: int = CUT) -> list[bytes | memoryview]:
+    """The frames of some pieces, two buffers a frame (header and data), the data uncopied.
+
+    Args:
+        cut: bytes of message in one frame at most.
+    """
     buffers: list[bytes | memoryview] = []
     pack = _HEADER.pack
     for data, remaining, first, size in pieces:
         length = len(data)
-        if length > CUT:
-            # Only a caller of send() has pieces like that; those of a channel are at most BATCH long.
-            buffers += encode_pieces(_cut(data, remaining, first, size))
+        if length > cut:
+            buffers += encode_pieces(_cut(data, remaining, first, size, cut), cut)
         elif first and not remaining:
             buffers.append(pack(length))
             buffers.append(data)
@@ -216,15 +223,11 @@ def encode_pieces(pieces: Sequence[Piece]) -> list[bytes | memoryview]:
     return buffers
 
 
-CUT = 256 * 1024
-"""Bytes of the parts into which a message is cut that comes in one piece: control frames may go between them."""
-
-
-def _cut(data: bytes | memoryview, remaining: int, first: bool, size: int) -> list[Piece]:
+def _cut(data: bytes | memoryview, remaining: int, first: bool, size: int, cut: int) -> list[Piece]:
     view = memoryview(data)
     parts = []
-    for start in range(0, len(view), CUT):
-        part = view[start : start + CUT]
+    for start in range(0, len(view), cut):
+        part = view[start : start + cut]
         parts.append(Piece(part, remaining + len(view) - start - len(part), first, size))
         first = False
     return parts

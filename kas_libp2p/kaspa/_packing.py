@@ -70,15 +70,21 @@ class Packing:
             self._not_before = now + RETRY
             self.ratio = 0.6
 
-    def on_alive(self, acknowledged: int, busy_ms: int, now: float) -> None:
-        """The peer said how much it has, and how long it did not read."""
+    def on_alive(self, acknowledged: int, busy_ms: int, now: float, *, gap: bool = False) -> None:
+        """The peer said how much it has, and how long it did not read.
+
+        Args:
+            gap: whether there was no link at all for a while, so that these times say nothing about it.
+        """
         elapsed = now - self._started
-        if elapsed < INTERVAL:
+        if elapsed < INTERVAL and not gap:
             return
         arrived = acknowledged - self._acknowledged
         busy = (busy_ms - self._busy) % (1 << 32) / 1000
         waited = self._waited
         self._started, self._waited, self._acknowledged, self._busy = now, 0.0, acknowledged, busy_ms
+        if gap:
+            return
         if waited >= HELD_UP * elapsed and busy < 0.5 * elapsed and arrived > 0:
             self._held_at = now
             # While we waited the link was full; outside of that it may have been idle.

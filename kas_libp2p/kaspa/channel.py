@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple, Self, TypeVar
 
@@ -35,6 +35,7 @@ import trio
 from trio import TaskStatus  # type: ignore[attr-defined,unused-ignore]  # libp2p brings stubs that lack it
 
 from kas_libp2p.errors import ConnectionLost, LocalProtocolError, RemoteProtocolError
+from kas_libp2p.metadata import OverlayStream
 
 MAX_MESSAGE = 256 * 1024 * 1024
 """Bytes of one message: what kaspad 2.1.0 itself accepts (``P2P_MAX_MESSAGE_SIZE``)."""
@@ -69,6 +70,17 @@ class Piece(NamedTuple):
         return self.first and not self.remaining
 
 
+class PackedPiece(Piece):
+    """A part of a message that is passed on as it came: gzip-compressed, as gRPC has it. ``size`` and ``remaining``
+    count compressed bytes. Given only by channels that were told to, see `MessageChannel.gives_packed`."""
+
+    __slots__ = ()
+
+
+class PathHung(ConnectionLost):
+    """Nothing came from the peer although it was asked: the path under the stream carries nothing any more."""
+
+
 class MessageChannel(ABC):
     """A two-way channel of whole messages. See the module for the rules.
 
@@ -77,7 +89,10 @@ class MessageChannel(ABC):
 
     Attributes:
         messages_received, messages_sent: messages begun.
-        bytes_received, bytes_sent: bytes of their contents, uncompressed and without framing.
+        bytes_received, bytes_sent: bytes of their contents, uncompressed (but as they are in a `PackedPiece`) and
+            without framing.
+        gives_packed: whether ``receive_pieces`` may give `PackedPiece`: set by whoever passes everything on to a
+            channel that takes them. So a large compressed message streams through, whose size nobody knows yet.
     """
 
     def __init__(self, *, max_message: int = MAX_MESSAGE) -> None:
@@ -86,11 +101,22 @@ class MessageChannel(ABC):
         self.messages_sent = 0
         self.bytes_received = 0
         self.bytes_sent = 0
+        self.gives_packed = False
         self._batch: deque[Piece] = deque()
         self._parts: list[bytes | memoryview] = []
         self._receiving = False
         self._sending = False
         self._send_remaining = 0
+
+    @property
+    def takes_packed(self) -> bool:
+        """Whether ``send_pieces`` takes `PackedPiece`."""
+        return False
+
+    @property
+    def gaps(self) -> int:
+        """How often nothing could come from the peer for a while, so that what gathered there comes at once."""
+        return 0
 
     # What a dialect implements
 
@@ -227,30 +253,46 @@ class MessageChannel(ABC):
         return message
 
 
+def delivered_of(stream: trio.abc.AsyncResource) -> int:
+    """See `OverlayStream.delivered`; 0 where the stream is none."""
+    return stream.delivered if isinstance(stream, OverlayStream) else 0
+
+
+def abort(stream: trio.abc.AsyncResource) -> None:
+    """End a stream at once where it can; others are to be closed."""
+    if isinstance(stream, OverlayStream):
+        stream.reset()
+
+
 Channel = TypeVar("Channel", bound=MessageChannel)
 
 
 @asynccontextmanager
-async def running(channel: Channel) -> AsyncIterator[Channel]:
-    """Run a channel for the length of an ``async with`` block, and close it at the end.
+async def beside(task: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Run a task for the length of an ``async with`` block.
 
     An exception of the block comes out as it is, not in a group.
     """
     failure: BaseException | None = None
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(channel.run)
+        nursery.start_soon(task)
         try:
-            yield channel
+            yield
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 (raised below, outside of the nursery, so that no group wraps it)
             failure = error
-        finally:
-            if failure is None:
-                await channel.aclose()
-            nursery.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+@asynccontextmanager
+async def running(channel: Channel) -> AsyncIterator[Channel]:
+    """Run a channel for the length of an ``async with`` block, and close it at the end; exceptions as in `beside`."""
+    async with beside(channel.run):
+        yield channel
+        await channel.aclose()
 
 
 HIGH_WATER = 256 * 1024

@@ -10,18 +10,19 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import trio
 from google.protobuf.message import DecodeError
 
 from kas_libp2p.errors import ConnectionLost, GrpcError, HandshakeError, RemoteProtocolError
 from kas_libp2p.kaspa import p2p_pb2 as pb
-from kas_libp2p.kaspa._join import VersionInfo, parse_version
+from kas_libp2p.kaspa._join import VersionInfo, parse_reject, parse_version
 from kas_libp2p.kaspa.channel import MessageChannel
 
-USER_AGENT = "/kas-libp2p:0.1.0/"
+USER_AGENT = f"/kas-libp2p:{version('kas-libp2p')}/"
 PROTOCOL_VERSION = 11
 """What kaspad 2.1.0 speaks."""
 LOWEST_PROTOCOL_VERSION = 9
@@ -30,6 +31,8 @@ VERSION_TIMEOUT = 4.0
 """Seconds for Version, and again for Verack, as kaspad gives them."""
 READY_TIMEOUT = 8.0
 """Seconds for Ready, as kaspad gives them."""
+REJECT_TIMEOUT = 0.5
+"""Seconds to look for a Reject of a peer that takes nothing any more."""
 OVERLAY_VERSION_TIMEOUT, OVERLAY_READY_TIMEOUT = 8.0, 12.0
 """The same through an overlay, where a round trip may go through a relay."""
 
@@ -64,7 +67,7 @@ async def handshake(channel: MessageChannel, hello: Hello) -> VersionInfo:
         HandshakeError: the peer said no (``rejected``), or kept silent, or broke the order.
         ConnectionLost, GrpcError, RemoteProtocolError: the channel ended.
     """
-    await channel.send(_version(hello))
+    await _say(channel, _version(hello))
     with _within(hello.version_timeout, "Version"):
         message, raw = await _next(channel, "version")
         info = parse_version(raw)
@@ -72,16 +75,16 @@ async def handshake(channel: MessageChannel, hello: Hello) -> VersionInfo:
     if (why := _objection(hello, info, message.version.id)) is not None:
         await _reject(channel, why)
         raise HandshakeError(why)
-    await channel.send(pb.KaspadMessage(verack=pb.Empty()).SerializeToString())
+    await _say(channel, pb.KaspadMessage(verack=pb.Empty()))
     with _within(hello.version_timeout, "Verack"):
         await _next(channel, "verack")
-    await channel.send(pb.KaspadMessage(ready=pb.Empty()).SerializeToString())
+    await _say(channel, pb.KaspadMessage(ready=pb.Empty()))
     with _within(hello.ready_timeout, "Ready"):
         await _next(channel, "ready")
     return info
 
 
-def _version(hello: Hello) -> bytes:
+def _version(hello: Hello) -> pb.KaspadMessage:
     body = pb.Version(
         protocolVersion=hello.protocol_version,
         timestamp=int(time.time() * 1000),
@@ -89,7 +92,19 @@ def _version(hello: Hello) -> bytes:
         userAgent=hello.user_agent,
         network=hello.network,
     )
-    return pb.KaspadMessage(version=body).SerializeToString()
+    return pb.KaspadMessage(version=body)
+
+
+async def _say(channel: MessageChannel, message: pb.KaspadMessage) -> None:
+    try:
+        await channel.send(message.SerializeToString())
+    except (ConnectionLost, GrpcError):
+        # The peer has left, and its reason may lie there unread.
+        with suppress(ConnectionLost, GrpcError, RemoteProtocolError), trio.move_on_after(REJECT_TIMEOUT):
+            async for raw in channel:
+                if (reason := parse_reject(raw)) is not None:
+                    raise HandshakeError(reason, rejected=True) from None
+        raise
 
 
 def _objection(hello: Hello, info: VersionInfo, node_id: bytes) -> str | None:

@@ -16,6 +16,7 @@ Which dialect a stream speaks stands in its metadata, and makes no difference he
 from __future__ import annotations
 
 import errno
+import math
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -31,6 +32,7 @@ from kas_libp2p.errors import (
     LocalProtocolError,
     ProtocolError,
     RemoteProtocolError,
+    SessionLost,
 )
 from kas_libp2p.events import EventBus, KaspaPeerEnded, KaspaPeerJoined, LimitHit, PeerMisbehaved
 from kas_libp2p.kaspa._join import (
@@ -56,15 +58,18 @@ from kas_libp2p.kaspa._join import (
     parse_reject,
     parse_version,
     reject_reason,
+    session_ended,
     told_by_peer,
 )
 from kas_libp2p.kaspa._messages import CloseCode
-from kas_libp2p.kaspa.channel import MAX_MESSAGE, MessageChannel
+from kas_libp2p.kaspa.channel import MAX_MESSAGE, MessageChannel, PathHung
 from kas_libp2p.kaspa.dialect import REFERENCE
 from kas_libp2p.kaspa.grpc import GrpcChannel
-from kas_libp2p.kaspa.messages import MessagesChannel, PathHung, PeerClosed, UploadCap
+from kas_libp2p.kaspa.messages import MessagesChannel, PeerClosed
 from kas_libp2p.kaspa.pump import Flow, Pump, PumpEnd, Stuck
 from kas_libp2p.kaspa.sources import PoolExhausted, Sources
+from kas_libp2p.kaspa.tcp import KaspadStream
+from kas_libp2p.kaspa.upload import UploadCap
 from kas_libp2p.metadata import Dialect, Direction, OverlayStream, PathKind, PeerId, TransportMetadata
 
 __all__ = [
@@ -81,10 +86,11 @@ __all__ = [
 ]
 
 CONNECT_TIMEOUT = 1.0
-"""Seconds for the TCP connection to kaspad: kaspad's own patience for a peer's."""
+"""Seconds for the TCP connection to kaspad (kaspad's own patience for a peer's), and for the look-up of its name."""
 
 CLOSE_WITHIN = 0.25
-"""Seconds for an orderly end towards kaspad, which is on this host or near."""
+"""Seconds for an orderly end towards kaspad, which is on this host or near; and of a stream while a newer one of its
+peer waits: both kaspads miss each other meanwhile, and nobody needs what is still queued on it."""
 
 RESERVE = 0.05
 """Seconds before the end of a handshake's budget at which another try after status 8 would come too late."""
@@ -147,6 +153,8 @@ class Joined:
         dialect: which dialect it speaks.
         opener: whether we opened the stream.
         source: the address from which kaspad sees the peer; ``None`` if the system chose, or not yet known.
+        moved: whether it has replaced a stream of the same peer through a relay. What lives in a session needs no other
+            stream for that.
         since: when it began, on trio's clock.
         ours, theirs: what both Versions said, once they came.
         ready_at: when both nodes were ready, or ``None`` while they shake hands.
@@ -159,6 +167,7 @@ class Joined:
         self.dialect = dialect
         self.opener = opener
         self.source: str | None = None
+        self.moved = False
         self.since = trio.current_time()
         self.ours: VersionInfo | None = None
         self.theirs: VersionInfo | None = None
@@ -168,6 +177,7 @@ class Joined:
         self.pump: Pump | None = None
         self._scope = trio.CancelScope()
         self._over = trio.Event()
+        self._told_below = False  # whether the session below has said who broke it
         self._idle = Flow(self.since)
 
     @property
@@ -183,9 +193,24 @@ class Joined:
     @property
     def last_heard(self) -> float:
         """When anything came from the peer, on trio's clock."""
-        if isinstance(self.channel, MessagesChannel):
+        if isinstance(self.channel, MessagesChannel | GrpcChannel):
             return self.channel.last_heard
-        return self.from_peer.last_progress
+        return self.since
+
+    @property
+    def relayed(self) -> bool:
+        """Whether a relay carries it."""
+        return self.stream.metadata.path.kind is PathKind.RELAYED
+
+    @property
+    def moves_itself(self) -> bool:
+        """Whether it goes on by another path without a new stream: it lives in a session."""
+        return self.stream.watches_paths
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is over but for the goodbyes."""
+        return self.ended is not None or (self.pump is not None and self.pump.ending) or self.stream.over
 
     def end(self, ended: Ended) -> None:
         """End it; the peer is told why. Returns at once."""
@@ -333,10 +358,12 @@ class Joiner:
                 try:
                     with joined._scope:
                         ended = await self._live(joined, overlay, nursery, on_ready)
+                    joined._told_below = joined.moves_itself and joined.stream.over
                     if joined.ended is None:
                         joined.ended = ended
                     assert joined.ended is not None
-                    await _say_goodbye(overlay, joined.ended)
+                    with trio.move_on_after(CLOSE_WITHIN if joined.ended.reason is End.SUPERSEDED else math.inf):
+                        await _say_goodbye(overlay, joined.ended)
                 finally:
                     nursery.cancel_scope.cancel()
         finally:
@@ -374,28 +401,36 @@ class Joiner:
 
     async def _admit(self, joined: Joined) -> None:
         """Take the peer in, or say why not; settle with another stream of it."""
-        if self._stopped:
-            raise JoinFailed(Ended(End.STOPPED, Side.US))
         old = self._peers.get(joined.peer)
         if old is not None:
-            choice = choose(
-                ours=self._own_peer or "",
-                theirs=joined.peer,
-                old_opener=old.opener,
-                new_opener=joined.opener,
-                old_pending=old.ready_at is None,
-                silence=trio.current_time() - old.last_heard,
-            )
-            if choice is Rival.REFUSE:
-                raise JoinFailed(Ended(End.DUPLICATE, Side.US, "this peer has another stream"))
-            old.end(Ended(End.SUPERSEDED, Side.US, "by a newer stream of the same peer"))
+            if not old.leaving:
+                self._settle(old, joined)
             await old.wait_ended()
             if joined.peer in self._peers:
                 raise JoinFailed(Ended(End.DUPLICATE, Side.US, "this peer has another stream"))
+            joined.moved = old.relayed and not joined.relayed and old.ready_at is not None
+        if self._stopped:
+            raise JoinFailed(Ended(End.STOPPED, Side.US))
         if len(self._peers) >= self.settings.max_joined:
             self._limit("max_joined", joined)
             raise JoinFailed(Ended(End.BUSY, Side.US, "as many peers as are allowed"))
         self._peers[joined.peer] = joined
+
+    def _settle(self, old: Joined, new: Joined) -> None:
+        """Which of two streams of one peer stays."""
+        from_relay = old.relayed and not new.relayed and not old.moves_itself
+        choice = choose(
+            ours=self._own_peer or "",
+            theirs=new.peer,
+            old_opener=old.opener,
+            new_opener=new.opener,
+            old_pending=old.ready_at is None,
+            silence=trio.current_time() - old.last_heard,
+            from_relay=from_relay,
+        )
+        if choice is Rival.REFUSE:
+            raise JoinFailed(Ended(End.DUPLICATE, Side.US, "this peer has another stream"))
+        old.end(Ended(End.SUPERSEDED, Side.US, "without a relay" if from_relay else ""))
 
     async def _meet(
         self,
@@ -539,10 +574,10 @@ class Joiner:
                 upload=self._upload,
                 liveness=self.settings.liveness,
             )
-        settings = replace(REFERENCE, max_message=self.settings.max_message)
+        settings = replace(REFERENCE, max_message=self.settings.max_message, liveness=self.settings.liveness)
         # Not who opened the stream counts here, but who is the initiator of the connection under it.
         make = GrpcChannel.client if joined.stream.metadata.initiator else GrpcChannel.server
-        return make(joined.stream, settings=settings)
+        return make(joined.stream, settings=settings, upload=self._upload)
 
     # -- How it ends ---------------------------------------------------------------------------------------------------
 
@@ -561,7 +596,7 @@ class Joiner:
         if self._events is None or joined.ended is None:
             return
         ended = joined.ended
-        if ended.reason is End.PEER_BROKE:
+        if ended.reason is End.PEER_BROKE and not joined._told_below:
             self._events.emit(
                 PeerMisbehaved(
                     peer=joined.peer,
@@ -600,6 +635,7 @@ class Joiner:
                 direction=metadata.direction,
                 dialect=joined.dialect,
                 path=metadata.path,
+                moved=joined.moved,
                 seconds=joined.ready_at - joined.since,
             )
         )
@@ -674,7 +710,7 @@ class _Handshake:
 # -- Dialing kaspad ----------------------------------------------------------------------------------------------------
 
 
-async def dial_kaspad(address: KaspadAddress, source: str | None) -> trio.SocketStream:
+async def dial_kaspad(address: KaspadAddress, source: str | None) -> KaspadStream:
     """A TCP connection to kaspad from a given source address.
 
     Args:
@@ -685,9 +721,11 @@ async def dial_kaspad(address: KaspadAddress, source: str | None) -> trio.Socket
         JoinFailed: no connection; the text says what helps.
     """
     try:
-        found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise JoinFailed(Ended(End.UNREACHABLE, Side.US, f"{address.host} does not resolve: {error}")) from error
+        with trio.fail_after(CONNECT_TIMEOUT):
+            found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except (OSError, trio.TooSlowError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"no answer within {CONNECT_TIMEOUT:g} s"
+        raise JoinFailed(Ended(End.UNREACHABLE, Side.US, f"{address.host} does not resolve: {why}")) from error
     # A name such as localhost has IPv6 addresses as well; kaspad listens on IPv4 unless it was told otherwise.
     wanted = socket.AF_INET6 if source is not None and ":" in source else socket.AF_INET
     family, kind, protocol, _, target = next((each for each in found if each[0] == wanted), found[0])
@@ -715,7 +753,7 @@ async def dial_kaspad(address: KaspadAddress, source: str | None) -> trio.Socket
     except BaseException:
         sock.close()
         raise
-    return trio.SocketStream(sock)
+    return KaspadStream(sock)
 
 
 def _unreachable(address: KaspadAddress, source: str | None, why: str) -> Ended:
@@ -729,13 +767,14 @@ def _unreachable(address: KaspadAddress, source: str | None, why: str) -> Ended:
 
 
 async def default_open_kaspad(address: KaspadAddress, source: str | None, max_message: int) -> MessageChannel:
-    """A channel to kaspad, not yet running: HTTP/2 without gzip, which on loopback costs more than it saves.
+    """A channel to kaspad, not yet running: HTTP/2 without gzip, which on loopback costs more than it saves. Only what
+    comes compressed from a peer, and is large, is passed on so.
 
     Raises:
         JoinFailed: no connection.
     """
     stream = await dial_kaspad(address, source)
-    return GrpcChannel.client(stream, authority=str(address), gzip=False, max_message=max_message)
+    return GrpcChannel.client(stream, authority=str(address), passes_gzip=True, max_message=max_message)
 
 
 # -- Ends --------------------------------------------------------------------------------------------------------------
@@ -768,6 +807,8 @@ def _overlay_ended(error: Exception | None) -> Ended:
         return Ended(End.PEER_CLOSED, Side.PEER)
     if isinstance(error, PeerClosed):
         return told_by_peer(error.code, error.reason)
+    if isinstance(error, SessionLost):
+        return session_ended(error.code, error.by_peer, str(error))
     if isinstance(error, PathHung):
         return Ended(End.PATH_HUNG, Side.PATH, str(error))
     if isinstance(error, GrpcError):

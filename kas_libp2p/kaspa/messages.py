@@ -14,14 +14,14 @@ holds up whoever is receiving; another keeps the time. What is decided is decide
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
 from trio import TaskStatus  # type: ignore[attr-defined,unused-ignore]  # libp2p brings stubs that lack it
 
-from kas_libp2p.errors import ConnectionLost, LocalProtocolError, ProtocolError, RemoteProtocolError
-from kas_libp2p.kaspa._bucket import TokenBucket
+from kas_libp2p.errors import ConnectionLost, LocalProtocolError, ProtocolError, RemoteProtocolError, SessionLost
 from kas_libp2p.kaspa._liveness import Act, Liveness
 from kas_libp2p.kaspa._messages import (
     CUT,
@@ -42,22 +42,32 @@ from kas_libp2p.kaspa._messages import (
     frame,
 )
 from kas_libp2p.kaspa._packing import MIN_PLAIN, Packing, worth_sending
-from kas_libp2p.kaspa.channel import BATCH, HIGH_WATER, MAX_MESSAGE, MessageChannel, Piece
+from kas_libp2p.kaspa.channel import (
+    BATCH,
+    HIGH_WATER,
+    MAX_MESSAGE,
+    MessageChannel,
+    PathHung,
+    Piece,
+    abort,
+    delivered_of,
+)
+from kas_libp2p.kaspa.upload import UPLOAD_SLICE, UploadCap
 from kas_libp2p.metadata import OverlayStream
 
 if TYPE_CHECKING:
     import zstandard
 
-__all__ = ["PROTOCOL", "CloseCode", "MessagesChannel", "PathHung", "PeerClosed", "UploadCap", "compression_available"]
+__all__ = ["PROTOCOL", "CloseCode", "MessagesChannel", "PeerClosed", "compression_available"]
 
 CLOSE_WITHIN = 1.0
 """Seconds that an orderly end may take. The bridge has 2 s to stop, and a peer that does not read must not hold it."""
 
+AT_ONCE = 64 * 1024
+"""Bytes that whoever sends writes itself at most. For more, another turn of the scheduler makes no difference."""
+
 LEVEL = 1
 """zstd level: the links that are packed for carry 1-20 MB/s, and a home's machine has better to do; see docs."""
-
-UPLOAD_SLICE = 16 * 1024
-"""Bytes that wait for the upload cap at a time: a tenth of a second at 160 kB/s, so that peers take turns finely."""
 
 MAX_WINDOW = 1 << 20
 """zstd window that we are willing to hold: as much as one frame may unpack to."""
@@ -79,10 +89,6 @@ class PeerClosed(ConnectionLost):
         except ValueError:
             name = f"code {code}"
         super().__init__(f"closed by the peer ({name})" + (f": {reason}" if reason else ""))
-
-
-class PathHung(ConnectionLost):
-    """Nothing came from the peer although it was asked: the path under the stream carries nothing any more."""
 
 
 def compression_available() -> bool:
@@ -114,32 +120,6 @@ def _unpacker() -> Unpack:
     return unpack
 
 
-class UploadCap:
-    """Bytes per second that may leave, shared by all channels it is given to.
-
-    Args:
-        rate: bytes per second.
-        burst: bytes that may leave at once after a pause; a quarter of a second's worth by default.
-    """
-
-    def __init__(self, rate: float, burst: float | None = None) -> None:
-        self._bucket = TokenBucket(rate, max(UPLOAD_SLICE, rate / 4 if burst is None else burst), trio.current_time())
-
-    @property
-    def rate(self) -> float:
-        """Bytes per second."""
-        return self._bucket.rate
-
-    async def take(self, count: int) -> None:
-        """Wait until ``count`` bytes may leave. Whoever asked first goes first."""
-        at = self._bucket.reserve(count, trio.current_time())
-        await trio.sleep_until(at)
-
-    def charge(self, count: int) -> None:
-        """Count bytes that did not wait."""
-        self._bucket.charge(count, trio.current_time())
-
-
 class MessagesChannel(MessageChannel):
     """The message dialect on a stream. ``run`` has to run; see `kas_libp2p.kaspa.channel`.
 
@@ -149,7 +129,8 @@ class MessagesChannel(MessageChannel):
         network: the Kaspa network behind us, told in our hello; empty if not known.
         compression: whether packed frames are offered and used. Without the package ``zstandard`` they are not.
         upload: a cap that we share with others.
-        liveness: whether a path that hangs is to be found here. Off where the layer below moves paths itself.
+        liveness: whether a path that hangs is to be found here. It never is on a stream that watches its paths itself:
+            there is no timer then, and what the peer has got is told with the data that comes, for compression only.
         high_water: bytes queued above which a send waits.
 
     Attributes:
@@ -176,10 +157,13 @@ class MessagesChannel(MessageChannel):
         self._unpacker: Unpack | None = None
         self._compressor: zstandard.ZstdCompressor | None = None
         self._upload = upload
+        self._cut = CUT if upload is None else UPLOAD_SLICE
         self._high_water = high_water
         now = trio.current_time()
         self._liveness = Liveness(now)
-        self._liveness_wanted = liveness
+        self._gaps = 0
+        self._watched = stream if isinstance(stream, OverlayStream) and stream.watches_paths else None
+        self._liveness_wanted = liveness and self._watched is None
         self.packing = Packing(now) if compression else None
         self.peer_hello: Hello | None = None
         self._peer_close: Close | None = None
@@ -187,7 +171,9 @@ class MessagesChannel(MessageChannel):
 
         self._out: list[bytes | memoryview] = []  # two buffers a frame
         self._held: list[bytes | memoryview] = []  # what waits for the peer's hello, as it may be too large
-        self._out_bytes = 0  # in both
+        self._slices: deque[tuple[bytes, int]] = deque()  # what waits for the upload cap, and its bytes of the queue
+        self._turn: float | None = None  # when the first of them may leave
+        self._out_bytes = 0  # in all three
         self._hello: Hello | None = Hello(
             Capability.ZSTD if compression else Capability.NONE, max(max_message, SMALL_MAX_MESSAGE), network
         )
@@ -224,6 +210,11 @@ class MessagesChannel(MessageChannel):
         """When anything came from the peer, on trio's clock."""
         return self._liveness.last_heard
 
+    @property
+    def gaps(self) -> int:
+        """See `MessageChannel.gaps`."""
+        return 0 if self._watched is None else self._watched.gaps
+
     def _fail(self, failure: Callable[[], Exception]) -> None:
         if self._failure is None:
             self._failure = failure
@@ -232,12 +223,15 @@ class MessagesChannel(MessageChannel):
 
     def _fail_lost(self, error: Exception) -> None:
         text = str(error) or type(error).__name__
-        self._fail(lambda: ConnectionLost(text))
+        if isinstance(error, SessionLost):
+            code, by_peer = error.code, error.by_peer
+            self._fail(lambda: SessionLost(text, code=code, by_peer=by_peer))
+        else:
+            self._fail(lambda: ConnectionLost(text))
 
     def _abort_stream(self) -> None:
-        """End the stream at once, where it can; others are closed by `run`."""
-        if isinstance(self.stream, OverlayStream):
-            self.stream.reset()
+        """End the stream at once; what can't be is closed by `run`."""
+        abort(self.stream)
         self._over.set()
 
     # -- Receiving -----------------------------------------------------------------------------------------------------
@@ -280,6 +274,9 @@ class MessagesChannel(MessageChannel):
             pieces = self._take()
             if pieces or reader.control_bytes - control_bytes < len(data):
                 liveness.on_data(liveness.last_heard)
+                if not self._liveness_wanted and self.packing is not None and liveness.tell_due(liveness.last_heard):
+                    self._alive_due = True  # the peer's compression goes by it
+                    self._wake_writer.unpark_all()
             if pieces:
                 return pieces
 
@@ -298,7 +295,8 @@ class MessagesChannel(MessageChannel):
             if not self._liveness.on_alive(control.received):
                 raise RemoteProtocolError(f"acknowledged {control.received} bytes, which is not possible")
             if self.packing is not None:
-                self.packing.on_alive(control.received, control.busy, trio.current_time())
+                gap, self._gaps = self.gaps != self._gaps, self.gaps
+                self.packing.on_alive(control.received, control.busy, trio.current_time(), gap=gap)
         elif isinstance(control, Probe):
             self._alive_due = True
             self._wake_writer.unpark_all()
@@ -341,35 +339,87 @@ class MessagesChannel(MessageChannel):
         if self._eof_wanted:
             raise LocalProtocolError("this side was ended")
         largest = max(piece.size for piece in pieces) if pieces else 0
-        buffers = encode_pieces(pieces)
+        buffers = encode_pieces(pieces, self._cut)
         if largest > self._send_limit and self.peer_hello is not None:
             # The message was counted as begun: nothing can follow it.
             self._fail(lambda: LocalProtocolError(f"the peer takes messages of at most {self._send_limit} bytes"))
             assert self._failure is not None
             raise self._failure()
+        self._liveness.on_moved(trio.current_time())
         if self._held or largest > self._send_limit:
             self._held += buffers
-        else:
+            self._out_bytes += sum(map(len, buffers))
+        elif not (self._wake_writer and self._wrote_now(buffers)):
             self._out += buffers
-        self._out_bytes += sum(map(len, buffers))
-        self._liveness.on_queued(trio.current_time())
-        self._wake_writer.unpark_all()
+            self._out_bytes += sum(map(len, buffers))
+            self._wake_writer.unpark_all()
         await trio.lowlevel.checkpoint_if_cancelled()
         while self._out_bytes > self._high_water:
             if self._failure is not None:
                 raise self._failure()
             await self._wrote.park()
 
+    def _wrote_now(self, buffers: list[bytes | memoryview]) -> bool:
+        """Write in the task of who sends, where the stream takes it at once. Only while the writer has nothing to do,
+        which is spared a turn."""
+        stream, packing = self.stream, self.packing
+        if self._upload is not None or (packing is not None and packing.on) or not isinstance(stream, OverlayStream):
+            return False
+        if sum(map(len, buffers)) > AT_ONCE:
+            return False
+        data = b"".join(buffers)
+        if not stream.send_nowait(data):
+            return False
+        self._liveness.on_sent(len(data))
+        return True
+
     async def _write(self) -> None:
         while True:
-            while not (self._out or self._alive_due or self._probe_due or self._hello):
+            while not (self._out or self._slices or self._alive_due or self._probe_due or self._hello):
                 if self._failure is not None or (self._eof_wanted and not self._held):
                     await self._write_end()
                     return
                 await self._wake_writer.park()
-            await self._write_once()
+            if self._upload is None:
+                await self._write_once()
+            else:
+                await self._write_capped(self._upload)
 
     async def _write_once(self) -> None:
+        control = self._due()
+        out, _, queued = self._take_out()
+        try:
+            await self._send_bytes(b"".join([control, *out]))
+        finally:
+            self._has_left(queued)
+
+    async def _write_capped(self, upload: UploadCap) -> None:
+        """Write a slice, when it is its turn; what keeps the channel alive goes before it, and is counted."""
+        if control := self._due():
+            upload.charge(len(control))
+            await self._send_bytes(control)
+            return
+        if not self._slices:
+            self._slices.extend(_sliced(*self._take_out()))
+        data, queued = self._slices[0]
+        now = trio.current_time()
+        if self._turn is None:
+            self._turn = upload.reserve(len(data))
+        if self._turn > now:
+            with trio.move_on_at(self._turn):
+                await self._wake_writer.park()
+            if self.packing is not None:
+                self.packing.on_waited(trio.current_time() - now)
+            return
+        self._turn = None
+        self._slices.popleft()
+        try:
+            await self._send_bytes(data)
+        finally:
+            self._has_left(queued)
+
+    def _due(self) -> bytes:
+        """The control frames that are due."""
         control = bytearray()
         now = trio.current_time()
         if self._hello is not None:
@@ -382,28 +432,20 @@ class MessagesChannel(MessageChannel):
             control += encode(Alive(self._liveness.received, self._liveness.busy_ms(now)))
             self._alive_due = False
             self._liveness.on_told(now)
+        return bytes(control)
+
+    def _take_out(self) -> tuple[list[bytes | memoryview], int, int]:
+        """The frames that wait, packed if that pays; of how many buffers each is; how much of the queue they were."""
         out, self._out = self._out, []
         queued = sum(map(len, out))
         if self.packing is not None and self.packing.on and queued >= MIN_PLAIN:
-            out = self._pack(out)
-        try:
-            if self._upload is None or not out:
-                if self._upload is not None:
-                    self._upload.charge(len(control))
-                await self._send_bytes(b"".join([control, *out]))
-            else:
-                data = memoryview(b"".join([control, *out]))
-                for start in range(0, len(data), UPLOAD_SLICE):
-                    part = data[start : start + UPLOAD_SLICE]
-                    asked = trio.current_time()
-                    await self._upload.take(len(part))
-                    if self.packing is not None:
-                        self.packing.on_waited(trio.current_time() - asked)
-                    await self._send_bytes(part)
-        finally:
-            self._out_bytes -= queued
-            if self._out_bytes <= self._high_water:
-                self._wrote.unpark_all()
+            return self._pack(out), 1, queued
+        return out, 2, queued
+
+    def _has_left(self, queued: int) -> None:
+        self._out_bytes -= queued
+        if self._out_bytes <= self._high_water:
+            self._wrote.unpark_all()
 
     async def _send_bytes(self, data: bytes | memoryview) -> None:
         # Counted before: the peer may acknowledge a part of it while the rest is being sent.
@@ -436,7 +478,7 @@ class MessagesChannel(MessageChannel):
 
         for index in range(0, len(out), 2):
             length = len(out[index]) + len(out[index + 1])
-            if group and size + length > CUT:
+            if group and size + length > self._cut:
                 flush()
                 group, size = [], 0
             group += out[index : index + 2]
@@ -486,8 +528,10 @@ class MessagesChannel(MessageChannel):
         while True:
             deadline = liveness.next_deadline()
             # Deadlines move towards us only as messages are sent after a long pause: a look each second finds that.
+            # And it finds whether what was sent still moves.
             latest = trio.current_time() + 1.0
             await trio.sleep_until(latest if deadline is None else min(deadline, latest))
+            liveness.on_delivered(delivered_of(self.stream), trio.current_time())
             for act in liveness.on_timeout(trio.current_time()):
                 if act is Act.TELL:
                     self._alive_due = True
@@ -547,3 +591,18 @@ class MessagesChannel(MessageChannel):
         self._abort_stream()
         with trio.CancelScope(shield=True):
             await trio.aclose_forcefully(self.stream)
+
+
+def _sliced(out: list[bytes | memoryview], each: int, queued: int) -> list[tuple[bytes, int]]:
+    """Frames of ``each`` buffers, joined to slices of `UPLOAD_SLICE` bytes at most, if none is larger itself; the queue
+    counts with the last one."""
+    slices: list[tuple[bytes, int]] = []
+    begin = size = 0
+    for start in range(0, len(out), each):
+        length = sum(map(len, out[start : start + each]))
+        if size and size + length > UPLOAD_SLICE:
+            slices.append((b"".join(out[begin:start]), 0))
+            begin, size = start, 0
+        size += length
+    slices.append((b"".join(out[begin:]), queued))
+    return slices

@@ -15,6 +15,7 @@ import trio
 
 from kas_libp2p.errors import KasError, KaspaError, LocalProtocolError, ProtocolError
 from kas_libp2p.kaspa._join import REJECT, parse_reject, payload_number
+from kas_libp2p.kaspa._pacing import Pacing
 from kas_libp2p.kaspa.channel import MessageChannel, Piece
 
 LINGER = 0.5
@@ -95,9 +96,17 @@ class Pump:
         self.reject: tuple[str, bool] | None = None
         self._left = left
         self._right = right
+        left.gives_packed, right.gives_packed = right.takes_packed, left.takes_packed
         self._watch = watch
         self._stuck_after = right_stuck_after
+        self._gaps = left.gaps
+        self._pacing: Pacing | None = None
         self._end: PumpEnd | None = None
+
+    @property
+    def ending(self) -> bool:
+        """Whether one side has ended."""
+        return self._end is not None
 
     async def run(self) -> PumpEnd:
         """Pass on messages until one side ends. Never raises for what the channels' peers do."""
@@ -118,6 +127,7 @@ class Pump:
     ) -> None:
         current_time = trio.current_time
         while True:
+            asked = current_time()
             try:
                 pieces = await source.receive_pieces()
             except (KasError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -133,10 +143,9 @@ class Pump:
                     scope.cancel()
                     return
                 self._look_at(pieces, flow, from_left)
-                flow.waiting_since = current_time()
-                await sink.send_pieces(pieces)
-                flow.waiting_since = None
-                flow.last_progress = current_time()
+                if from_left and (self._pacing is not None or source.gaps != self._gaps):
+                    pieces = await self._paced(pieces, source, sink, flow, current_time() - asked)
+                await self._pass_on(pieces, sink, flow)
             except (KasError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 if isinstance(error, ProtocolError):
                     # Not the sink's end, but what the source sends can't be sent on: a message above its limit.
@@ -150,6 +159,36 @@ class Pump:
                 return
         await trio.sleep(LINGER)
         scope.cancel()
+
+    @staticmethod
+    async def _pass_on(pieces: list[Piece], sink: MessageChannel, flow: Flow) -> None:
+        flow.waiting_since = trio.current_time()
+        await sink.send_pieces(pieces)
+        flow.waiting_since = None
+        flow.last_progress = trio.current_time()
+
+    async def _paced(
+        self, pieces: list[Piece], source: MessageChannel, sink: MessageChannel, flow: Flow, waited: float
+    ) -> list[Piece]:
+        """Pass on a backlog no faster than `Pacing` says, and give what may follow at once."""
+        now = trio.current_time()
+        if source.gaps != self._gaps:
+            self._gaps, self._pacing = source.gaps, Pacing(now)
+        elif self._pacing is not None and self._pacing.over(now, waited):
+            self._pacing = None
+        if self._pacing is None:
+            return pieces
+        begin = 0
+        for index, piece in enumerate(pieces):
+            if not piece.first:
+                continue
+            number = payload_number(piece.data)
+            while (pause := self._pacing.admit(number, trio.current_time())) > 0:
+                if index > begin:
+                    await self._pass_on(pieces[begin:index], sink, flow)
+                    begin = index
+                await trio.sleep(pause)
+        return pieces[begin:]
 
     def _look_at(self, pieces: list[Piece], flow: Flow, from_left: bool) -> None:
         for data, remaining, first, _ in pieces:

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 
 from kas_libp2p.errors import ConnectionLost, KasError, RemoteProtocolError, RpcError
 from kas_libp2p.kaspa import rpc_pb2 as pb
-from kas_libp2p.kaspa.channel import running
+from kas_libp2p.kaspa.channel import beside, running
 from kas_libp2p.kaspa.grpc import RPC_PATH, GrpcChannel, GrpcSettings
 
 ANSWER_TIMEOUT = 15.0
@@ -41,22 +41,6 @@ class _Slot:
     def __init__(self) -> None:
         self.answer: pb.RpcResponse | None = None
         self.done = trio.Event()
-
-
-class _Blocks(AsyncIterator[pb.RpcBlock]):
-    """What `KaspadRpc.notify_block_added` gives. No generator, since those must be closed by whoever stops early."""
-
-    def __init__(self, rpc: KaspadRpc, blocks: trio.MemoryReceiveChannel[pb.RpcBlock]) -> None:
-        self._rpc = rpc
-        self._blocks = blocks
-
-    async def __anext__(self) -> pb.RpcBlock:
-        try:
-            return await self._blocks.receive()
-        except trio.EndOfChannel:
-            if self._rpc._ended is not None:
-                raise self._rpc._ended from None
-            raise StopAsyncIteration from None
 
 
 class BlocksAdded:
@@ -253,21 +237,10 @@ async def open_rpc(stream: trio.abc.HalfCloseableStream) -> AsyncIterator[Kaspad
 
     An exception of the block comes out as it is, not in a group.
     """
-    channel = GrpcChannel.client(stream, settings=_SETTINGS)
-    async with running(channel):
+    async with running(GrpcChannel.client(stream, settings=_SETTINGS)) as channel:
         rpc = KaspadRpc(channel)
-        failure: BaseException | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(rpc.run)
-            try:
-                yield rpc
-            except trio.Cancelled:
-                raise
-            except BaseException as error:  # noqa: BLE001 (raised below, outside of the nursery: no group wraps it)
-                failure = error
-            nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
+        async with beside(rpc.run):
+            yield rpc
 
 
 @asynccontextmanager

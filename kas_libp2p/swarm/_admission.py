@@ -16,7 +16,8 @@ Each refusal is a `Refused` that names the setting.
 
 Places in handshakes are few, and who says nothing holds one until its time is up. So when they are all taken, one is
 given to the newcomer: of the host that has more of them than the newcomer would have, the oldest; else the oldest of
-all, once it has had the time that an honest handshake takes. A crowd of silent strangers keeps nobody out.
+all, once it has had the time that an honest handshake takes. All who come through one relay count as one host here. A
+crowd of silent strangers keeps nobody out.
 """
 
 from __future__ import annotations
@@ -97,13 +98,20 @@ class Ticket:
         evict: called if it was taken back for another one's sake, while in its handshake; ``None``: it can't be.
     """
 
-    __slots__ = ("_admission", "_host", "_open", "_pending", "direction", "evict", "ip", "peer", "since")
+    __slots__ = ("_admission", "_crowd", "_host", "_open", "_pending", "direction", "evict", "ip", "peer", "since")
 
     def __init__(
-        self, admission: Admission, direction: Direction, ip: str | None, host: str | None, since: float
+        self,
+        admission: Admission,
+        direction: Direction,
+        ip: str | None,
+        host: str | None,
+        since: float,
+        relay: PeerId | None = None,
     ) -> None:
         self._admission = admission
         self._host = host
+        self._crowd = host or relay
         self._pending = True
         self._open = True
         self.direction = direction
@@ -155,14 +163,18 @@ class Admission:
         self._total = 0
         self._inbound = 0
         self._shaking: dict[Ticket, None] = {}  # inbound, the oldest first
-        self._pending_outbound = 0
+        self._outbound = 0
         self._per_host: Counter[str] = Counter()
         self._per_peer: Counter[PeerId] = Counter()
 
     # Asking
 
-    def admit_inbound(self, ip: str | None, now: float) -> Ticket:
+    def admit_inbound(self, ip: str | None, now: float, relay: PeerId | None = None) -> Ticket:
         """An inbound connection was accepted, nothing was read yet.
+
+        Args:
+            ip: where from; ``None`` where a relay stands between.
+            relay: which.
 
         Raises:
             Refused: it has to be dropped.
@@ -179,9 +191,9 @@ class Admission:
         if host is not None and self._per_host[host] >= limits.max_per_ip:
             raise Refused("max_per_ip", f"there are {self._per_host[host]} connections from {host}")
         self._ask(Candidate(Direction.INBOUND, ip, None))
-        if len(self._shaking) >= limits.max_pending_inbound and not self._make_room(host, now):
+        if len(self._shaking) >= limits.max_pending_inbound and not self._make_room(host or relay, now):
             raise Refused("max_pending_inbound", f"{len(self._shaking)} inbound connections are in their handshakes")
-        ticket = Ticket(self, Direction.INBOUND, ip, host, now)
+        ticket = Ticket(self, Direction.INBOUND, ip, host, now, relay)
         self._total += 1
         self._inbound += 1
         self._shaking[ticket] = None
@@ -190,7 +202,7 @@ class Admission:
         return ticket
 
     def admit_dial(self, peer: PeerId | None, now: float) -> Ticket:
-        """We are about to dial.
+        """We are about to dial, or to take the initiator's part on a pipe that was made otherwise.
 
         Raises:
             Refused: the peer is denied or banned, or there is no room.
@@ -199,19 +211,32 @@ class Admission:
             self._check_peer(peer, now)
         if self._total >= self.limits.max_connections:
             raise Refused("max_connections", f"there are {self._total} connections")
+        if self._outbound >= self.limits.max_outbound:
+            raise Refused("max_outbound", f"there are {self._outbound} outbound connections")
         self._ask(Candidate(Direction.OUTBOUND, None, peer))
         self._total += 1
-        self._pending_outbound += 1
+        self._outbound += 1
         return Ticket(self, Direction.OUTBOUND, None, None, now)
+
+    def check_peer(self, peer: PeerId, now: float) -> None:
+        """A peer wants to come in, as a relay says. It is asked about as any other once it has proven who it is.
+
+        Raises:
+            Refused: it is denied or banned, or not allowed.
+        """
+        self._check_peer(peer, now)
+        if self._allow and peer not in self._allow.peers:
+            raise Refused("allow", f"{peer} is not on the allow list")
+        self._ask(Candidate(Direction.INBOUND, None, peer))
 
     def _make_room(self, newcomer: str | None, now: float) -> bool:
         """Take a place in the handshakes back, if one can be taken in fairness."""
         shaking = [ticket for ticket in self._shaking if ticket.evict is not None]
-        crowds = Counter(ticket._host for ticket in self._shaking if ticket._host is not None)
-        crowded = max(shaking, key=lambda ticket: crowds[ticket._host or ""], default=None)
+        crowds = Counter(ticket._crowd for ticket in self._shaking if ticket._crowd is not None)
+        crowded = max(shaking, key=lambda ticket: crowds[ticket._crowd or ""], default=None)
         if crowded is None:
             return False
-        if crowds[crowded._host or ""] <= crowds[newcomer or ""] + 1:
+        if crowds[crowded._crowd or ""] <= crowds[newcomer or ""] + 1:
             crowded = shaking[0]
             if now - crowded.since < HANDSHAKE_GRACE:
                 return False
@@ -265,14 +290,14 @@ class Admission:
             ticket._pending = False
             if ticket.direction is Direction.INBOUND:
                 del self._shaking[ticket]
-            else:
-                self._pending_outbound -= 1
 
     def _release(self, ticket: Ticket) -> None:
         self._settle(ticket)
         self._total -= 1
         if ticket.direction is Direction.INBOUND:
             self._inbound -= 1
+        else:
+            self._outbound -= 1
         if ticket._host is not None:
             _decrement(self._per_host, ticket._host)
         if ticket.peer is not None:
@@ -324,6 +349,7 @@ class Admission:
         return {
             "max_connections": self._total,
             "max_inbound": self._inbound,
+            "max_outbound": self._outbound,
             "max_pending_inbound": len(self._shaking),
             "max_per_peer": max(self._per_peer.values(), default=0),
             "max_per_ip": max(self._per_host.values(), default=0),

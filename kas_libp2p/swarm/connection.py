@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import trio
 from libp2p.abc import IListener, IMuxedConn, IMuxedStream, INetConn, INetStream
@@ -22,8 +24,8 @@ from kas_libp2p.swarm.network import Listener
 from kas_libp2p.transport.connection import Connection
 from kas_libp2p.transport.yamux.stream import YamuxStream
 
-if TYPE_CHECKING:
-    from kas_libp2p.swarm.swarm import Swarm
+Notify = Callable[[str, "SwarmStream"], None]
+"""Tells py-libp2p's notifees of a stream: the method's name, and the stream."""
 
 
 @lru_cache(maxsize=4096)
@@ -35,6 +37,17 @@ def id_of(peer: PeerId) -> ID:
 def peer_of(peer: ID | str) -> PeerId:
     """Our form of a peer id."""
     return PeerId(peer if isinstance(peer, str) else peer.to_base58())
+
+
+@contextmanager
+def _their_errors() -> Iterator[None]:
+    """What a stream raises, in the form that py-libp2p's services handle."""
+    try:
+        yield
+    except (trio.BrokenResourceError, NegotiationError) as error:
+        raise stream_errors.StreamReset(str(error)) from error
+    except trio.ClosedResourceError as error:
+        raise stream_errors.StreamClosed(str(error)) from error
 
 
 class SwarmStream(INetStream, IMuxedStream):
@@ -63,12 +76,8 @@ class SwarmStream(INetStream, IMuxedStream):
         """
         if n == 0:
             return b""
-        try:
+        with _their_errors():
             data = await self.stream.receive_some(n if n is not None and n > 0 else None)
-        except (trio.BrokenResourceError, NegotiationError) as error:
-            raise stream_errors.StreamReset(str(error)) from error
-        except trio.ClosedResourceError as error:
-            raise stream_errors.StreamClosed(str(error)) from error
         if not data:
             raise stream_errors.StreamEOF
         return data
@@ -79,21 +88,13 @@ class SwarmStream(INetStream, IMuxedStream):
         Raises:
             StreamReset, StreamClosed: py-libp2p's.
         """
-        try:
+        with _their_errors():
             await self.stream.send_all(data)
-        except (trio.BrokenResourceError, NegotiationError) as error:
-            raise stream_errors.StreamReset(str(error)) from error
-        except trio.ClosedResourceError as error:
-            raise stream_errors.StreamClosed(str(error)) from error
 
     async def close_write(self) -> None:
-        """End our direction."""
-        try:
+        """End our direction. Raises as `write`."""
+        with _their_errors():
             await self.stream.send_eof()
-        except (trio.BrokenResourceError, NegotiationError) as error:
-            raise stream_errors.StreamReset(str(error)) from error
-        except trio.ClosedResourceError as error:
-            raise stream_errors.StreamClosed(str(error)) from error
 
     async def close(self) -> None:
         await self.stream.aclose()
@@ -127,16 +128,19 @@ class SwarmConnection(INetConn, IMuxedConn):
         connection: the transport's connection.
         ticket: the places that it holds.
         last_used: when a stream was last opened, or known to be open; trio's clock.
+
+    Args:
+        notify: told of each stream that py-libp2p's services open and close.
     """
 
     event_started = _started()  # nobody sees a connection that has not started
 
-    def __init__(self, swarm: Swarm, connection: Connection, ticket: Ticket) -> None:
-        self.swarm = swarm
+    def __init__(self, connection: Connection, ticket: Ticket, notify: Notify) -> None:
         self.connection = connection
         self.ticket = ticket
         self.peer_id = id_of(connection.peer)
         self.last_used = connection.opened_at
+        self._notify = notify
         self._net_streams: set[SwarmStream] | None = None
 
     def __repr__(self) -> str:
@@ -153,6 +157,12 @@ class SwarmConnection(INetConn, IMuxedConn):
     def path(self) -> Path:
         """The way it takes."""
         return self.connection.path
+
+    @property
+    def lasts(self) -> float:
+        """Seconds that the circuit under it will last, see `CircuitLimits.lasts`; infinity if there is none."""
+        circuit = self.connection.circuit
+        return circuit.limits.lasts if circuit is not None else math.inf
 
     async def open_stream(self, *protocols: str) -> YamuxStream:  # type: ignore[override]
         """Open a stream; see `kas_libp2p.transport.connection.Connection.open_stream`."""
@@ -210,14 +220,14 @@ class SwarmConnection(INetConn, IMuxedConn):
         if self._net_streams is None:
             self._net_streams = set()
         self._net_streams.add(wrapped)
-        self.swarm._notify_soon("opened_stream", wrapped)
+        self._notify("opened_stream", wrapped)
         return wrapped
 
     def forget_stream(self, stream: SwarmStream) -> None:
         """A wrapped stream ended. May be called again."""
         if self._net_streams and stream in self._net_streams:
             self._net_streams.discard(stream)
-            self.swarm._notify_soon("closed_stream", stream)
+            self._notify("closed_stream", stream)
 
     def get_streams(self) -> tuple[INetStream, ...]:
         """The open streams. Those of our own services are wrapped for the occasion."""

@@ -38,8 +38,19 @@ class Network(Protocol):
     async def listen(self, addresses: Sequence[Multiaddr]) -> Sequence[Listener]:
         """Listen on all of the addresses, or raise ``ListenError`` and on none."""
 
+    on_contact: Callable[[str], None] | None
+    """Called with the IP before each dial from a listen port: from then on a NAT may let it in there."""
+
     async def dial(self, address: Multiaddr) -> RawConnection:
         """Connect to one address. Raises ``OSError`` or ``AddressError``."""
+
+    async def dial_fresh(self, address: Multiaddr) -> RawConnection:
+        """As `dial`, from a port that nobody knows us by."""
+
+    async def dial_punch(self, address: Multiaddr) -> RawConnection:
+        """As `dial`, from the listen port and no other; crossed SYNs are a success. Raises ``OSError`` with what the
+        network answered, EADDRNOTAVAIL if a listener has this very connection, or ``AddressError`` if nothing can be
+        sent."""
 
     async def resolve(self, addresses: Iterable[Multiaddr]) -> tuple[list[Multiaddr], list[AddressFailure]]:
         """Names to addresses, and the failures."""
@@ -54,6 +65,7 @@ class TcpNetwork:
     Args:
         config: timeouts.
         events: where errors of listeners are told.
+
     """
 
     def __init__(self, config: DialConfig, events: EventBus) -> None:
@@ -61,6 +73,15 @@ class TcpNetwork:
         self._events = events
         self._listeners: list[tcp.Listener] = []
         self._dialer = tcp.Dialer(self._listeners, config)
+
+    @property
+    def on_contact(self) -> Callable[[str], None] | None:
+        """See `Network.on_contact`."""
+        return self._dialer.on_contact
+
+    @on_contact.setter
+    def on_contact(self, tell: Callable[[str], None] | None) -> None:
+        self._dialer.on_contact = tell
 
     async def listen(self, addresses: Sequence[Multiaddr]) -> Sequence[Listener]:
         """Listen on all of the addresses, or on none.
@@ -81,6 +102,14 @@ class TcpNetwork:
             AddressError: it can't be dialed.
         """
         return await self._dialer.dial(address)
+
+    async def dial_fresh(self, address: Multiaddr) -> RawConnection:
+        """As `dial`, from a port that nobody knows us by."""
+        return await self._dialer.dial(address, source=tcp.Source.ANY_PORT)
+
+    async def dial_punch(self, address: Multiaddr) -> RawConnection:
+        """See `Network.dial_punch`."""
+        return await self._dialer.dial(address, source=tcp.Source.LISTEN_PORT)
 
     async def resolve(self, addresses: Iterable[Multiaddr]) -> tuple[list[Multiaddr], list[AddressFailure]]:
         """Names to addresses, and the failures."""

@@ -18,19 +18,28 @@ One connection
 Streams
     Inbound streams are negotiated by our own multistream-select, each in a task of its own. The table of handlers is
     ours; if a py-libp2p host sits on the swarm, its handlers are offered as well. Whatever a handler raises ends at its
-    stream. A handler owns its stream until it returns, then the stream is closed.
+    stream. A handler owns its stream until it returns, then the stream is closed, unless it was handed over.
+
+Punching
+    `kas_libp2p.transport.punch` dials; what comes in meanwhile takes the way of everything that comes in, in a place of
+    its own, and is told to the punch once it has proven to be the peer.
+
+Circuits
+    A ``/p2p-circuit`` address is dialed as any other, once `Swarm.circuits` knows how to make a byte pipe of one.
 
 The end
     Handlers are cancelled first, then every connection is closed in order (``Connection.aclose``, bounded), at the same
-    time. The connections are carried in a nursery that is shielded from the cancellation of its surroundings for this.
+    time, but those on circuits before those that carry them. The connections are carried in a nursery that is shielded
+    from the cancellation of its surroundings for this.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -57,9 +66,12 @@ from kas_libp2p.errors import (
     DialError,
     KasError,
     ListenError,
+    LocalProtocolError,
+    PeerIdMismatch,
     Refused,
     RemoteProtocolError,
     Stage,
+    StreamCode,
     StreamReset,
     UpgradeError,
 )
@@ -78,6 +90,7 @@ from kas_libp2p.events import (
     LimitHit,
     Listening,
     PeerMisbehaved,
+    PunchTargetRefused,
     StreamFailed,
     UpgradeFailed,
 )
@@ -87,23 +100,25 @@ from kas_libp2p.swarm._admission import Admission, Ticket
 from kas_libp2p.swarm.connection import ListenerDoor, SwarmConnection, id_of, peer_of
 from kas_libp2p.swarm.network import Listener, Network, TcpNetwork
 from kas_libp2p.transport._noise import Static
+from kas_libp2p.transport._punch import GREETED, MANY_TARGETS, MAX_TARGETS, OTHER_PEER, SILENCE, WINDOW, Target, sift
 from kas_libp2p.transport.connection import Connection
+from kas_libp2p.transport.punch import Punch, hear
 from kas_libp2p.transport.race import race
 from kas_libp2p.transport.raw import RawConnection
-from kas_libp2p.transport.upgrade import upgrade
+from kas_libp2p.transport.upgrade import NOTHING, Opening, upgrade
 from kas_libp2p.transport.yamux.stream import YamuxStream
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[YamuxStream], Awaitable[None]]
 """Serves one stream. The stream is closed when it returns, and reset if it raises."""
+Circuits = Callable[[Multiaddr], Awaitable[tuple[RawConnection, Path]]]
+"""Makes a byte pipe of a circuit address that ends with its target. Raises `KasError`."""
 
 NOTIFEE_QUEUE = 256
 """Notifications that wait for one py-libp2p notifee. A notifee that is stuck loses what comes beyond."""
 IDLE_CHECKS = 4
 """How often per idle timeout connections are looked at: one is closed at most a quarter late."""
-RESOURCES, NEGOTIATION = 0x1002, 0x1001
-"""libp2p stream error codes: a limit was hit, no protocol was agreed on."""
 
 
 @dataclass(slots=True)
@@ -113,6 +128,7 @@ class _Served:
     handler: Handler
     max_streams: int
     max_per_peer: int
+    hands_over: bool
     open: int = 0
     per_peer: dict[PeerId, int] = field(default_factory=dict)
 
@@ -153,10 +169,12 @@ class Swarm(BaseSwarm):
         network: where byte pipes come from; TCP if left out.
 
     Attributes:
-        identity, config, events: as given.
+        identity, config, events, network: as given.
         admission: the gate and the limits; set ``admission.policy`` to add a rule.
         on_connected, on_disconnected: called with each connection that comes and goes; must not block nor raise.
         on_addresses: called when the listen addresses changed.
+        keeps: asked about a connection without streams before it is closed as idle; one that says yes is enough.
+        circuits: how circuits are dialed; ``None``: not at all.
     """
 
     def __init__(
@@ -195,11 +213,15 @@ class Swarm(BaseSwarm):
         self.on_connected: list[Callable[[SwarmConnection], None]] = []
         self.on_disconnected: list[Callable[[SwarmConnection], None]] = []
         self.on_addresses: list[Callable[[], None]] = []
-        self._network: Network = network if network is not None else TcpNetwork(config.dial, self.events)
+        self.keeps: list[Callable[[Connection], bool]] = []
+        self.circuits: Circuits | None = None
+        self.network: Network = network if network is not None else TcpNetwork(config.dial, self.events)
         self._served: dict[str, _Served] = {}
         self._host: IHost | None = None
         self._raw_handler: StreamHandlerFn | None = None
         self._attempts: dict[object, _Attempt] = {}
+        self._punches: dict[PeerId, Punch] = {}
+        self._dice = random.Random()  # noqa: S311 - keeps two sides from being in step, guards nothing
         self._feeds: dict[int, _Feed] = {}
         self._carrying: trio.Nursery | None = None
         self._tasks: trio.Nursery | None = None
@@ -218,7 +240,7 @@ class Swarm(BaseSwarm):
         await self.carry()
 
     async def carry(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-        """Run until cancelled or closed; then end everything in order, within about two seconds."""
+        """Run until cancelled or closed; then end everything in order, within about two seconds, circuits one more."""
         if self._stop is not None:
             raise RuntimeError("a swarm runs once")
         self._stop = stop = trio.Event()
@@ -228,13 +250,15 @@ class Swarm(BaseSwarm):
                 try:
                     async with trio.open_nursery() as tasks:
                         self._tasks = self.background_nursery = tasks
-                        tasks.start_soon(self._close_idle)
-                        self.event_background_nursery_created.set()
-                        task_status.started()
-                        await stop.wait()
-                        tasks.cancel_scope.cancel()
+                        try:
+                            tasks.start_soon(self._close_idle)
+                            self.event_background_nursery_created.set()
+                            task_status.started()
+                            await stop.wait()
+                            tasks.cancel_scope.cancel()
+                        finally:
+                            self._tasks = self.background_nursery = None  # before it is closed
                 finally:
-                    self._tasks = self.background_nursery = None
                     self._closing = True
                     stop.set()
                     self._close_listeners()
@@ -248,9 +272,11 @@ class Swarm(BaseSwarm):
                 self._carrying = nursery
                 task_status.started()
                 await self._stop.wait()
-                async with trio.open_nursery() as closing:  # each is bounded by the transport
-                    for connection in self.all_connections():
-                        closing.start_soon(connection.close, "this node is shutting down")
+                for relayed in (True, False):
+                    async with trio.open_nursery() as closing:  # each is bounded by the transport
+                        for connection in self.all_connections():
+                            if (connection.path.kind is PathKind.RELAYED) is relayed:
+                                closing.start_soon(connection.close, "this node is shutting down")
                 nursery.cancel_scope.cancel()
 
     async def close(self) -> None:
@@ -273,13 +299,13 @@ class Swarm(BaseSwarm):
             AddressError: one is not for TCP.
         """
         await self.event_background_nursery_created.wait()
-        listeners = await self._network.listen(multiaddrs)
+        listeners = await self.network.listen(multiaddrs)
         if self._tasks is None or self._closing:
             for listener in listeners:
                 listener.close()
             raise ListenError("this node is shutting down")
         if listeners and not self.listeners:
-            self._tasks.start_soon(self._network.watch, self._check_addresses)
+            self._tasks.start_soon(self.network.watch, self._check_addresses)
         for listener in listeners:
             self.listeners[str(listener.address)] = ListenerDoor(listener)
             self._tasks.start_soon(self._accept, listener)
@@ -333,29 +359,83 @@ class Swarm(BaseSwarm):
     async def _inbound(self, raw: RawConnection, ticket: Ticket, handshake: trio.CancelScope) -> None:
         started = trio.current_time()
         address = raw.remote_address
+        expected = self._expected(address)
         try:
+            connection: Connection | None = None
             try:
                 with handshake:
-                    connection = await self._upgrade(raw, initiator=False)
+                    connection = await (self._meet(raw, expected) if expected else self._upgrade(raw, initiator=False))
                 if handshake.cancel_called:
                     raw.abort()
                     raise _evicted()
             except UpgradeError as error:
+                self._missed(expected, address, error.stage)
                 seconds = trio.current_time() - started
                 self.events.emit(UpgradeFailed(address=address, stage=error.stage, reason=str(error), seconds=seconds))
                 return
+            if connection is None:
+                self._missed(expected, address, OTHER_PEER)
+                return
+            punch = next((each for each in expected if each.peer == connection.peer), None)
+            self._missed([each for each in expected if each is not punch], address, OTHER_PEER)
+            if punch is not None:
+                if punch.won:
+                    connection.abort("another one was faster")
+                    return
+                connection.path = punch.path
             try:
                 self._establish(ticket, connection)
             except Refused as error:
+                self._missed([punch] if punch is not None else [], address, Stage.LIMITS)
                 connection.abort(str(error))
                 self.events.emit(InboundRefused(address=address, reason=error.limit))
                 return
-            await self._carry(SwarmConnection(self, connection, ticket), trio.current_time() - started)
+            if punch is not None:
+                punch.adopted(*_endpoint(address), trio.current_time() - started)
+            await self._carry(SwarmConnection(connection, ticket, self._notify_soon), trio.current_time() - started)
         except Exception as error:  # noqa: BLE001 - one connection is isolated from all others
             raw.abort()
             self._internal_error(None, "an inbound connection", error)
         finally:
             ticket.release()
+
+    def _expected(self, address: str) -> list[Punch]:
+        """The punches whose peer this may be. They are told of it."""
+        if not self._punches or (where := addresses.ip_port(address)) is None:
+            return []
+        expected = [each for each in self._punches.values() if each.expects(where[0])]
+        for each in expected:
+            each.came(*where)
+        return expected
+
+    def _missed(self, expected: Iterable[Punch], address: str, reason: str) -> None:
+        for each in expected:
+            each.dropped(*_endpoint(address), reason)
+
+    async def _meet(self, raw: RawConnection, expected: Sequence[Punch]) -> Connection | None:
+        """Shake hands with whom a punch waits for, or who is behind the same NAT. ``None``: it came too late."""
+        silent, opening = False, NOTHING
+        if first := [each for each in expected if each.initiator]:
+            foreseen = any(each.foresees(*_endpoint(raw.remote_address)) for each in first)
+            silent, opening = await hear(raw, SILENCE, after_greeting=0.0 if foreseen else GREETED)
+        waiting = [each for each in expected if silent and each.initiator and not each.over]
+        if not waiting:
+            return await self._upgrade(raw, initiator=False, opening=opening)
+        with trio.CancelScope() as scope:
+
+            def look() -> None:
+                if all(each.over for each in waiting):
+                    scope.cancel()
+
+            for each in waiting:
+                each.on_over.append(look)
+            connection = await self._upgrade(raw, initiator=True, opening=opening)
+        if scope.cancelled_caught:
+            return None
+        if all(each.peer != connection.peer for each in waiting):
+            connection.abort("nobody waits for it")
+            raise PeerIdMismatch(" or ".join(each.peer for each in waiting), connection.peer)
+        return connection
 
     def _internal_error(self, peer: PeerId | None, where: str, error: Exception) -> None:
         logger.error("an internal error ended %s", where, exc_info=error)
@@ -371,11 +451,18 @@ class Swarm(BaseSwarm):
             ticket.establish(connection.peer, now, _ip_of(connection.remote_address))
         except Refused as error:
             # A peer that comes back after its network changed must not wait until we notice that its old one is dead.
-            idle = [each for each in self.connections_to(connection.peer) if not each.connection.streams]
+            # But a relayed one does not end before what was punched through it has proven itself.
+            idle = [
+                each
+                for each in self.connections_to(connection.peer)
+                if not each.connection.streams
+                and not (connection.path.kind is PathKind.PUNCHED and each.path.kind is PathKind.RELAYED)
+            ]
             if error.limit != "max_per_peer" or not idle:
                 raise
-            idle[0].ticket.release()
-            idle[0].connection.abort("it was replaced by a newer connection")
+            replaced = min(idle, key=self._is_kept)
+            replaced.ticket.release()
+            replaced.connection.abort("it was replaced by a newer connection")
             ticket.establish(connection.peer, now)
 
     # One connection
@@ -399,14 +486,11 @@ class Swarm(BaseSwarm):
                 seconds=seconds,
             )
         )
-        for callback in self.on_connected:
-            callback(connection)
-        self._notify_soon("connected", connection)
 
         def on_stream(stream: YamuxStream) -> None:
             connection.last_used = trio.current_time()
             if self._tasks is None or self._closing:
-                stream.reset(RESOURCES)
+                stream.reset(StreamCode.RESOURCES)
             else:
                 self._tasks.start_soon(self._serve, connection, stream)
 
@@ -414,6 +498,12 @@ class Swarm(BaseSwarm):
             self.events.emit(LimitHit(reason=limit, peer=transport.peer, address=transport.remote_address))
 
         try:
+            for callback in self.on_connected:
+                callback(connection)
+            punch = self._punches.get(transport.peer)
+            if punch is not None and transport.path.kind is not PathKind.RELAYED:
+                punch.met()
+            self._notify_soon("connected", connection)
             await transport.run(on_stream, on_limit=on_limit, task_status=task_status)
         except Exception as error:  # noqa: BLE001 - one connection is isolated from all others
             transport.abort("an internal error")
@@ -459,15 +549,27 @@ class Swarm(BaseSwarm):
             await trio.sleep(timeout / IDLE_CHECKS)
             now = trio.current_time()
             for connection in self.all_connections():
-                if connection.connection.streams or self.tag_store.is_protected(connection.peer_id):
+                if connection.connection.streams or self._is_kept(connection):
                     connection.last_used = now
                 elif now - connection.last_used >= timeout and self._tasks is not None:
                     reason = f"it was idle for {timeout:g} s"
                     self._tasks.start_soon(connection.close, reason)
 
+    def _is_kept(self, connection: SwarmConnection) -> bool:
+        transport = connection.connection
+        return self.tag_store.is_protected(connection.peer_id) or any(keep(transport) for keep in self.keeps)
+
     # Streams that peers open
 
-    def handle(self, protocol: str, handler: Handler, *, max_streams: int = 256, max_per_peer: int = 16) -> None:
+    def handle(
+        self,
+        protocol: str,
+        handler: Handler,
+        *,
+        max_streams: int = 256,
+        max_per_peer: int = 16,
+        hands_over: bool = False,
+    ) -> None:
         """Serve a protocol.
 
         Args:
@@ -475,13 +577,15 @@ class Swarm(BaseSwarm):
             handler: called with each stream, in a task of its own.
             max_streams: streams of this protocol that may be open at once.
             max_per_peer: of them with one peer.
+            hands_over: whether the handler, when it returns, has closed the stream or given it another owner, as a
+                circuit. Then neither limit counts it any more.
 
         Raises:
             ValueError: it is served already.
         """
         if protocol in self._served:
             raise ValueError(f"{protocol} is served already")
-        self._served[protocol] = _Served(handler, max_streams, max_per_peer)
+        self._served[protocol] = _Served(handler, max_streams, max_per_peer, hands_over)
 
     def unhandle(self, protocol: str) -> None:
         """Serve a protocol no longer. Streams that are open stay. Does nothing if it is not served."""
@@ -525,7 +629,7 @@ class Swarm(BaseSwarm):
         if served is None:
             handler = self._hosted_handlers().get(TProtocol(protocol))
             if handler is None:
-                return stream.reset(NEGOTIATION)
+                return stream.reset(StreamCode.NEGOTIATION)
             return await self._isolate(connection, stream, self._hosted(connection, handler))
         return await self._serve_ours(connection, stream, served)
 
@@ -544,25 +648,28 @@ class Swarm(BaseSwarm):
         with_peer = served.per_peer.get(peer, 0)
         if served.open >= served.max_streams or with_peer >= served.max_per_peer:
             limit = "max_streams" if served.open >= served.max_streams else "max_streams_per_peer"
-            stream.reset(RESOURCES)
+            stream.reset(StreamCode.RESOURCES)
             self.events.emit(LimitHit(reason=limit, peer=peer, address=connection.connection.remote_address))
             return
         served.open += 1
         served.per_peer[peer] = with_peer + 1
         try:
-            await self._isolate(connection, stream, served.handler)
+            await self._isolate(connection, stream, served.handler, hands_over=served.hands_over)
         finally:
             served.open -= 1
             served.per_peer[peer] -= 1
             if not served.per_peer[peer]:
                 del served.per_peer[peer]
 
-    async def _isolate(self, connection: SwarmConnection, stream: YamuxStream, handler: Handler) -> None:
+    async def _isolate(
+        self, connection: SwarmConnection, stream: YamuxStream, handler: Handler, *, hands_over: bool = False
+    ) -> None:
         """Run a handler so that whatever it raises ends at its stream."""
         done = False
         try:
             await handler(stream)
-            await stream.aclose()
+            if not hands_over:
+                await stream.aclose()
             done = True
         except (ConnectionLost, StreamReset, stream_errors.StreamError):
             pass  # the stream ended under the handler, which is no fault of it
@@ -584,7 +691,7 @@ class Swarm(BaseSwarm):
             if rest is not None:
                 raise rest from None
         finally:
-            if not done:
+            if not done and not (hands_over and stream.closed):  # who ended it in order may have said why
                 stream.reset()
             connection.last_used = trio.current_time()
 
@@ -596,7 +703,14 @@ class Swarm(BaseSwarm):
 
     # Dialing
 
-    async def dial(self, peer: PeerId | None, to: Iterable[Multiaddr | str], *, fresh: bool = False) -> SwarmConnection:
+    async def dial(
+        self,
+        peer: PeerId | None,
+        to: Iterable[Multiaddr | str],
+        *,
+        fresh: bool = False,
+        circuits_after: float | None = None,
+    ) -> SwarmConnection:
         """Connect to a peer, or return the connection that there is.
 
         Everybody who wants the same peer at the same time shares one attempt. It ends when nobody waits for it.
@@ -605,11 +719,14 @@ class Swarm(BaseSwarm):
             peer: who must answer. ``None``: whoever does, at exactly one address.
             to: its addresses, best first.
             fresh: make another connection even if there is one.
+            circuits_after: seconds that direct addresses have before circuits are dialed beside them; ``None``: these
+                come last. See `kas_libp2p.transport.race`.
 
         Raises:
             DialError: no address led to it, or it is this node itself.
             Refused: a list, a ban or a limit of ours forbids it.
             AddressError: an address is malformed or another peer's.
+            ConnectionLost: it was reached, and ended the connection at once; or this node is not running.
         """
         if peer == self.peer:
             raise DialError(str(peer), hint="that is this node itself")
@@ -627,7 +744,7 @@ class Swarm(BaseSwarm):
                 if self._tasks is None:
                     del self._attempts[key]
                     raise ConnectionLost("this node is not running")
-                self._tasks.start_soon(self._attempt, attempt, key, peer, wanted)
+                self._tasks.start_soon(self._attempt, attempt, key, peer, wanted, circuits_after)
             attempt.waiting += 1
             try:
                 await attempt.done.wait()
@@ -637,9 +754,12 @@ class Swarm(BaseSwarm):
                     attempt.scope.cancel()
                     if self._attempts.get(key) is attempt:
                         del self._attempts[key]
-            if attempt.result is not None and not attempt.result.is_closed:
+            if attempt.result is not None:
+                if attempt.result.is_closed:  # not tried anew: who does this once does it each time
+                    reason = attempt.result.connection.close_reason or "it takes no streams"
+                    raise ConnectionLost(f"{key[0]} was reached, but the connection ended at once: {reason}")
                 return attempt.result
-            if attempt.result is None and attempt.tried.issuperset(wanted):
+            if attempt.tried.issuperset(wanted):
                 raise _again(attempt.error)
 
     def _known(self, peer: PeerId | None, wanted: tuple[str, ...]) -> SwarmConnection | None:
@@ -651,14 +771,21 @@ class Swarm(BaseSwarm):
                 return connection
         return None
 
-    async def _attempt(self, attempt: _Attempt, key: object, peer: PeerId | None, wanted: tuple[str, ...]) -> None:
+    async def _attempt(
+        self,
+        attempt: _Attempt,
+        key: object,
+        peer: PeerId | None,
+        wanted: tuple[str, ...],
+        circuits_after: float | None,
+    ) -> None:
         started = trio.current_time()
         target = peer or wanted[0]
         attempt.error = ConnectionLost("this node is shutting down")
         try:
             with attempt.scope:
                 try:
-                    attempt.result = await self._dial(peer, target, wanted)
+                    attempt.result = await self._dial(peer, target, wanted, circuits_after)
                 except KasError as error:
                     attempt.error = error
                     seconds = trio.current_time() - started
@@ -671,7 +798,9 @@ class Swarm(BaseSwarm):
                 del self._attempts[key]
             attempt.done.set()
 
-    async def _dial(self, peer: PeerId | None, target: str, wanted: tuple[str, ...]) -> SwarmConnection:
+    async def _dial(
+        self, peer: PeerId | None, target: str, wanted: tuple[str, ...], circuits_after: float | None
+    ) -> SwarmConnection:
         started = trio.current_time()
         ticket = self.admission.admit_dial(peer, started)
         kept = False
@@ -680,7 +809,8 @@ class Swarm(BaseSwarm):
             if not wanted:
                 raise DialError(target, hint="no address of it is known; give one, like /ip4/192.0.2.1/tcp/16117")
             self.events.emit(Dialing(target=target, addresses=wanted))
-            found, failures = await self._resolve(peer, wanted)
+            named, plain = _named_and_plain(wanted)
+            found, failures = self._usable(peer, plain)
             winner = await race(
                 found,
                 partial(self._dial_address, peer),
@@ -689,6 +819,8 @@ class Swarm(BaseSwarm):
                 target=target,
                 max_addresses=self.config.dial.max_addresses,
                 failures=failures,
+                later=partial(self._resolve, peer, named) if named else None,
+                circuits_after=circuits_after,
                 peer=peer,
                 events=self.events,
             )
@@ -701,7 +833,7 @@ class Swarm(BaseSwarm):
                     raise DialError(target, hint="that is this node itself") from None
                 raise
             assert self._carrying is not None
-            connection = SwarmConnection(self, winner, ticket)
+            connection = SwarmConnection(winner, ticket, self._notify_soon)
             await self._carrying.start(self._carry, connection, trio.current_time() - started)
             kept = True
             return connection
@@ -712,10 +844,16 @@ class Swarm(BaseSwarm):
                     winner.abort("it is not wanted any more")
 
     async def _resolve(
-        self, peer: PeerId | None, wanted: tuple[str, ...]
+        self, peer: PeerId | None, named: Sequence[Multiaddr]
     ) -> tuple[list[Multiaddr], list[AddressFailure]]:
-        """Names to addresses, the forbidden and unusable ones left out."""
-        found, failures = await self._network.resolve(map(addresses.parse, wanted))
+        """Names to addresses, as `_usable`."""
+        return self._usable(peer, *await self.network.resolve(named))
+
+    def _usable(
+        self, peer: PeerId | None, found: Iterable[Multiaddr], failures: Iterable[AddressFailure] = ()
+    ) -> tuple[list[Multiaddr], list[AddressFailure]]:
+        """Addresses without the forbidden and unusable ones, which become failures; all failures are told."""
+        failures = list(failures)
         usable: list[Multiaddr] = []
         for address in found:
             try:
@@ -733,19 +871,48 @@ class Swarm(BaseSwarm):
 
     def _check_usable(self, address: Multiaddr, peer: PeerId | None) -> None:
         _of_peer(address, peer)
+        if addresses.is_relayed(address):
+            return self._check_circuit(address, peer)
         where = addresses.ip_port(address)
         if where is None:
-            raise AddressError("only TCP over IPv4 or IPv6 can be dialed")
+            raise AddressError("only TCP over IPv4 or IPv6 can be dialed, and circuits through such relays")
         if addresses.text_of(addresses.without_peer(address)) in self._last_addresses:
             raise AddressError("that is this node itself")
-        self.admission.check_address(where[0].partition("%")[0], peer, trio.current_time())
+        return self.admission.check_address(where[0].partition("%")[0], peer, trio.current_time())
+
+    def _check_circuit(self, address: Multiaddr, peer: PeerId | None) -> None:
+        """What is wrong with the address; whether its relay can be reached shows when it is."""
+        relay = addresses.relay_of(address)
+        if self.circuits is None:
+            raise AddressError("this node dials no circuits")
+        if relay is None:
+            raise AddressError("a circuit address names its relay: /…/p2p/RELAY/p2p-circuit/p2p/PEER")
+        if peer is None:
+            raise AddressError("a circuit address ends with whom to reach: /…/p2p/RELAY/p2p-circuit/p2p/PEER")
+        if relay in (peer, self.peer):
+            who = "this node itself" if relay == self.peer else "the peer itself"
+            raise AddressError(f"its relay is {who}")
+        way = addresses.relay_address(address)
+        if way is not None and addresses.is_relayed(way):
+            raise AddressError("no relay carries a circuit through another relay")
 
     async def _dial_address(self, peer: PeerId | None, address: Multiaddr) -> Connection:
-        raw = await self._network.dial(addresses.without_peer(address))
-        return await self._upgrade(raw, initiator=True, expected=peer)
+        if addresses.is_relayed(address):
+            assert self.circuits is not None
+            assert peer is not None
+            raw, path = await self.circuits(addresses.with_peer(address, peer))
+        else:
+            raw, path = await self.network.dial(addresses.without_peer(address)), DIRECT
+        return await self._upgrade(raw, initiator=True, expected=peer, path=path)
 
     async def _upgrade(
-        self, raw: RawConnection, *, initiator: bool, expected: PeerId | None = None, path: Path = DIRECT
+        self,
+        raw: RawConnection,
+        *,
+        initiator: bool,
+        expected: PeerId | None = None,
+        path: Path = DIRECT,
+        opening: Opening = NOTHING,
     ) -> Connection:
         return await upgrade(
             raw,
@@ -755,7 +922,105 @@ class Swarm(BaseSwarm):
             config=self.config,
             path=path,
             static=self._static,
+            opening=opening,
         )
+
+    # Punching
+
+    async def punch(
+        self,
+        peer: PeerId,
+        targets: Iterable[Target],
+        *,
+        initiator: bool,
+        relay: PeerId,
+        at: float,
+        window: float = WINDOW,
+        many: bool = False,
+    ) -> SwarmConnection:
+        """Make a connection through the NATs of both sides: the other does the same at the same instant.
+
+        Nothing of this is told as the failure of an address, delays a dial, or waits for one. Whatever connection with
+        the peer comes up meanwhile without a relay is the result. If cancelled, everything is closed.
+
+        Args:
+            peer: who has to be met.
+            targets: where it may be, at most `MAX_TARGETS`; what must not be dialed is left out.
+            many: at most `MANY_TARGETS`, as both sides agreed to it.
+            initiator: whether we are the initiator of the connection, as agreed with the peer.
+            relay: through which we agreed.
+            at: when to dial, on trio's clock; in the past: at once.
+            window: seconds from then on until it has failed; as the responder up to `GRACE` more, if the other side is
+                in the middle of its handshake.
+
+        Raises:
+            PunchFailed: there is no connection; says what came of each target. Before the window ends only where
+                nothing can be sent and so nothing can come in.
+            Refused: a list, a ban or a limit of ours forbids it.
+            ConnectionLost: the connection ended at once; or this node is not running.
+            LocalProtocolError: there is a punch with this peer already.
+        """
+        if peer in self._punches:
+            raise LocalProtocolError(f"there is a punch with {peer} already; wait for it to end")
+        if self._carrying is None:
+            raise ConnectionLost("this node is not running")
+        at = max(at, trio.current_time())
+        ticket = self.admission.admit_dial(peer, trio.current_time())
+        kept = False
+        winner: Connection | None = None
+        try:
+            found, refused = sift(
+                targets,
+                own=self._last_addresses,
+                allow_private=self.config.punch.allow_private,
+                gate=partial(self._gate, peer),
+                most=MANY_TARGETS if many else MAX_TARGETS,
+            )
+            for each in refused:
+                self.events.emit(PunchTargetRefused(peer=peer, address=each.address, reason=each.reason))
+            punch = self._punches[peer] = Punch(
+                peer,
+                found,
+                initiator=initiator,
+                relay=relay,
+                at=at,
+                window=window,
+                dial=self._dial_punch,
+                upgrade=lambda raw, first, opening: self._upgrade(
+                    raw, initiator=first, expected=peer, path=punch.path, opening=opening
+                ),
+                events=self.events,
+                uniform=self._dice.uniform,
+                refused=refused,
+            )
+            winner = await punch.run()
+            if winner is None:
+                met = self.connection_to(peer)
+                if met is None or met.path.kind is PathKind.RELAYED:
+                    raise ConnectionLost(f"{peer} was reached, but the connection ended at once")
+                return met
+            self._establish(ticket, winner)
+            connection = SwarmConnection(winner, ticket, self._notify_soon)
+            await self._carrying.start(self._carry, connection, trio.current_time() - at)
+            kept = True
+            return connection
+        finally:
+            self._punches.pop(peer, None)
+            if not kept:
+                ticket.release()
+                if winner is not None:
+                    winner.abort("it is not wanted any more")
+
+    async def _dial_punch(self, address: Multiaddr, elsewhere: bool) -> RawConnection:
+        at = addresses.without_peer(address)
+        return await (self.network.dial_fresh(at) if elsewhere else self.network.dial_punch(at))
+
+    def _gate(self, peer: PeerId, ip: str) -> str | None:
+        try:
+            self.admission.check_address(ip, peer, trio.current_time())
+        except Refused as error:
+            return error.limit
+        return None
 
     # Looking up
 
@@ -770,13 +1035,18 @@ class Swarm(BaseSwarm):
     def connection_to(self, peer: PeerId) -> SwarmConnection | None:
         """The best connection to a peer that takes new streams.
 
-        Direct or punched ones before relayed, then the busiest, then the newest.
+        Direct or punched ones before relayed; of these the one whose circuit will last longest, so that new streams go
+        to the next one when a circuit is about to end; then the busiest, then the newest.
         """
         usable = [each for each in self.connections_to(peer) if not each.is_closed]
         return max(usable, key=_rank, default=None)
 
-    async def disconnect(self, peer: PeerId, reason: str = "") -> int:
+    async def disconnect(self, peer: PeerId, reason: str = "", *, hung: bool = False) -> int:
         """Close every connection to a peer in order.
+
+        Args:
+            hung: whether nothing gets through any more. Then they end at once, without a word: the system would keep
+                what is unsent, and the addresses and ports with it, for minutes, and no punch could use these.
 
         Returns:
             how many there were.
@@ -784,6 +1054,8 @@ class Swarm(BaseSwarm):
         some = self.connections_to(peer)
         async with trio.open_nursery() as nursery:
             for connection in some:
+                if hung:
+                    connection.connection.abort(reason, broke=True)
                 nursery.start_soon(connection.close, reason)
         return len(some)
 
@@ -882,20 +1154,28 @@ class Swarm(BaseSwarm):
             raw.abort()
             raise ConnectionLost("this node is not running")
         ip = _ip_of(raw.remote_address) if path.kind is not PathKind.RELAYED else None
+        handshake = trio.CancelScope()
         try:
-            ticket = (
-                self.admission.admit_dial(peer, started) if initiator else self.admission.admit_inbound(ip, started)
-            )
+            if initiator:
+                ticket = self.admission.admit_dial(peer, started)
+            else:
+                ticket = self.admission.admit_inbound(ip, started, path.relay)
+                ticket.evict = handshake.cancel
         except Refused:
             raw.abort()
             raise
         kept = False
         connection: Connection | None = None
         try:
-            connection = await self._upgrade(raw, initiator=initiator, expected=peer, path=path)
+            with handshake:
+                connection = await self._upgrade(raw, initiator=initiator, expected=peer, path=path)
+            if handshake.cancel_called:
+                raw.abort()
+                raise _evicted()
             self._establish(ticket, connection)
-            wrapped = SwarmConnection(self, connection, ticket)
-            await self._carrying.start(self._carry, wrapped, trio.current_time() - started)
+            wrapped = SwarmConnection(connection, ticket, self._notify_soon)
+            with trio.CancelScope(shield=True):  # who hears that it is up may cancel us, as we are not needed any more
+                await self._carrying.start(self._carry, wrapped, trio.current_time() - started)
             kept = True
             return wrapped
         finally:
@@ -903,6 +1183,23 @@ class Swarm(BaseSwarm):
                 ticket.release()
                 if connection is not None:
                     connection.abort("it was refused")
+
+    async def dial_from_fresh_port(self, peer: PeerId, address: str) -> SwarmConnection:
+        """Connect to a peer at one direct address, beside whatever else is under way with it: a punch needs the listen
+        port for itself.
+
+        Raises:
+            DialError: nobody answers there.
+            AddressError: the address is malformed, another peer's, or our own.
+            Refused, UpgradeError, ConnectionLost: as `upgrade_raw`.
+        """
+        to = addresses.parse(address)
+        self._check_usable(to, peer)
+        try:
+            raw = await self.network.dial_fresh(addresses.without_peer(to))
+        except OSError as error:
+            raise DialError(str(peer), hint=f"{address}: {error.strerror or error}") from error
+        return await self.upgrade_raw(raw, peer=peer, initiator=True)
 
     # Notifees
 
@@ -943,14 +1240,26 @@ def _evicted() -> UpgradeError:
     return error
 
 
-def _rank(connection: SwarmConnection) -> tuple[bool, int, int]:
+def _rank(connection: SwarmConnection) -> tuple[bool, float, int, int]:
     transport = connection.connection
-    return transport.path.kind is not PathKind.RELAYED, len(transport.streams), transport.number
+    return transport.path.kind is not PathKind.RELAYED, connection.lasts, len(transport.streams), transport.number
 
 
 def _ip_of(address: str) -> str | None:
     where = addresses.ip_port(address)
     return where[0].partition("%")[0] if where is not None else None
+
+
+def _endpoint(address: str) -> tuple[str, int]:
+    where = addresses.ip_port(address)
+    assert where is not None, "a circuit is not accepted"
+    return where
+
+
+def _named_and_plain(wanted: Iterable[str]) -> tuple[list[Multiaddr], list[Multiaddr]]:
+    parsed = [addresses.parse(each) for each in wanted]
+    named = [each for each in parsed if addresses.name_of(each) is not None]
+    return named, [each for each in parsed if addresses.name_of(each) is None]
 
 
 def _of_peer(address: Multiaddr | str, peer: PeerId | None) -> Multiaddr:

@@ -4,7 +4,7 @@ How bytes come in
     One task reads. It borrows two large buffers from a pool, reads as much as there is into the one, opens every whole
     Noise message into the other, and hands it all to the machine, which copies payload out once. Each stream is woken
     once per read. Before it waits, the task gives the buffers back: an idle connection holds none. It never stops
-    reading to slow a stream down; windows do that.
+    reading to slow a stream down; windows do that. A connection on a circuit is read in the turn of the relay's reader.
 
 How bytes go out
     A write appends to the queue of its stream. `Connection.flush` takes what all streams have, by turns, seals it into
@@ -12,6 +12,9 @@ How bytes go out
     reason to: the writer that is the first since the line was idle (a small message leaves with no turn of the
     scheduler), the writer that filled its queue, or the flusher task, to which everybody else leaves it and which is
     the only one that waits for the pipe. So small writes are gathered under load, and never held back without.
+
+    A connection on a circuit seals nothing that the circuit has no room for, and goes on in the turn of the relay's
+    flusher: what it seals fills the batches of the relay's connection.
 
     How much is sealed ahead follows what the pipe takes at once, so a slow line holds little that can't be overtaken.
 
@@ -24,9 +27,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
@@ -34,16 +38,17 @@ from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 from kas_libp2p.config import KIB, YamuxConfig
 from kas_libp2p.errors import ConnectionLost, LocalProtocolError, Refused, RemoteProtocolError, SecurityError
 from kas_libp2p.metadata import Direction, Path, PeerId
-from kas_libp2p.transport import multistream
-from kas_libp2p.transport._multistream import Proposer
+from kas_libp2p.transport._multistream import Proposer, Responder
 from kas_libp2p.transport._noise import FULL_FRAME, MAX_PLAINTEXT, Secured, sealed_size
-from kas_libp2p.transport._waiter import Waiter
+from kas_libp2p.transport.pipe import CircuitPipe
 from kas_libp2p.transport.raw import RawConnection
-from kas_libp2p.transport.yamux._machine import Batch, GoAway, Machine, Stream
+from kas_libp2p.transport.waiter import Waiter
+from kas_libp2p.transport.yamux._machine import TURNS, Batch, GoAway, Machine, Stream
 from kas_libp2p.transport.yamux.stream import YamuxStream
 
-READ_BUFFER = 6 * FULL_FRAME
-"""Bytes read at once: the work per read becomes small beside the work per byte, and it fits the second-level cache."""
+READ_BUFFER = 5 * FULL_FRAME
+"""Bytes read at once: the work per read becomes small beside the work per byte, and it fits the second-level cache. As
+many Noise messages as are sealed at once, so that what a relay reads in one call leaves in one."""
 FEW_BYTES = 16 * KIB
 """A read of less found the line nearly empty: the next one waits for it to be readable instead of trying at once."""
 MAX_BATCH = 5 * MAX_PLAINTEXT
@@ -51,17 +56,42 @@ MAX_BATCH = 5 * MAX_PLAINTEXT
 leaves in one system call."""
 MIN_BATCH = 16 * KIB
 """Plaintext bytes sealed at once at least, on a line that takes little."""
+SMALL_WRITE = 16 * KIB
+"""Bytes of a write up to which it may leave in its own turn. A larger one is part of something long, and better
+gathered with what follows: sealed alone, every second batch of a writer of 64 KiB pieces would be one piece."""
+FULL_WRITE = 128 * KIB
+"""Bytes of a write from which on it gains nothing by being gathered: a batch that another connection has made."""
+REST = 0.001
+"""Seconds without a write after which the next one leaves in its own turn again."""
 FLUSH_BUDGET = 4 * MAX_BATCH
 """Bytes after which a flush lets other tasks run: about a millisecond's worth."""
 POOLED = 4
 """Idle buffers of each kind that are kept: as many connections as are likely to be in the middle of a read or write."""
+PING_ON_WIRE = 64
+"""Bytes that a ping takes on the wire, with room: if no more has reached the peer's host, nothing is in its way."""
 CLOSE_TIMEOUT = 1.0
 """Seconds that `Connection.aclose` gives what is queued to leave, as far as the peer's windows let it."""
 CLOSE_LINGER = 0.25
 """Seconds that it then waits for the peer's end: closing a socket with unread data would destroy what is under way."""
-WIRE_BUFFER = sealed_size(MAX_BATCH + 4 * KIB)
+SMALL_REST = 4 * KIB
+"""Sealed bytes that the pipe had no room for, up to which they leave together with what is sealed next. A kernel takes
+whole segments: what a batch has beyond them would cost a system call and a packet of its own, each time."""
+WIRE_BUFFER = SMALL_REST + sealed_size(MAX_BATCH + MAX_BATCH // TURNS + 4 * KIB)
+KEPT_HEAP = 2048 * KIB
+"""glibc keeps what is freed up to twice the largest block that was ever freed, 256 KiB at first. With less than a few
+batches, the pages of nearly every batch go back to the system and are cleared again for the next: up to 0.2 s of CPU
+per GB."""
+
+FAILURES = (SecurityError, RemoteProtocolError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 _numbers = itertools.count(1)
+
+
+class Source(Protocol):
+    """What has something to send, and queues it at the last moment: so it knows all that goes together."""
+
+    def fill(self) -> None:
+        """Queue it now. The connection is flushing. Must not wait nor raise."""
 
 
 class _Pool:
@@ -84,8 +114,9 @@ class _Pool:
             self._buffers.append(buffer)
 
 
-_reading = _Pool(max(READ_BUFFER, FULL_FRAME))
+_reading = _Pool(READ_BUFFER)
 _writing = _Pool(WIRE_BUFFER)
+bytearray(KEPT_HEAP)  # freed at once
 
 
 class Layer(StrEnum):
@@ -105,12 +136,15 @@ class Connection:
         peer: the proven peer id.
         public_key: its key as libp2p protobuf.
         path: the way it takes.
+        circuit: the circuit that carries it; ``None`` if no relay does.
         initiator: whether this side is the initiator, whoever accepted the TCP connection.
         direction: outbound for the initiator.
         local_address, remote_address: multiaddrs as text.
         opened_at: seconds on trio's clock.
         received, sent: bytes on the wire since the handshake.
         close_reason: why it ended; ``None`` while it has not.
+        broke: whether it ended as the way broke, by silence or an error of the network, and neither side closed or
+            reset it.
         misbehaviour: the layer whose rules the peer broke, and how, if that is why it ended.
         limit_hits: how often each limit refused a stream.
         send_high_water: bytes that one stream may hold unsent before its writer waits.
@@ -134,6 +168,7 @@ class Connection:
         self.peer: PeerId = secured.peer
         self.public_key = secured.public_key
         self.path = path
+        self.circuit = raw if isinstance(raw, CircuitPipe) else None
         self.initiator = initiator
         self.direction = Direction.OUTBOUND if initiator else Direction.INBOUND
         self.local_address = raw.local_address
@@ -142,6 +177,7 @@ class Connection:
         self.received = 0
         self.sent = 0
         self.close_reason: str | None = None
+        self.broke = False
         self.misbehaviour: tuple[Layer, str] | None = None
         self.send_high_water = config.send_high_water
         self._raw = raw
@@ -160,13 +196,19 @@ class Connection:
         self._flusher = Waiter()
         self._kicked = False
         self._blocked = False
+        self.offers: list[Source] = []
+        self._flushing = False
         self._quiet = True
+        self._wrote_at = now
         self._batch = MAX_BATCH
         self._wire: memoryview | None = None
         self._wire_start = 0
         self._wire_end = 0
+        self._reading = False
+        self._mistake: Exception | None = None
         self._closing: str | None = None
         self._aborted = False
+        self._delivered = 0
         self._finished = False
         self._drained: trio.Event | None = None
         self._pings: dict[int, trio.Event] = {}
@@ -179,6 +221,21 @@ class Connection:
     def rtt(self) -> float | None:
         """The last measured round trip in seconds; the first comes from the handshake."""
         return self._machine.rtt
+
+    @property
+    def delivered(self) -> int:
+        """Bytes on the wire that have reached the peer's host, as far as is known."""
+        return self._raw.delivered()
+
+    @property
+    def heard_at(self) -> float:
+        """When anything came from the peer last, or what was sent while it was asked moved on; on trio's clock."""
+        return self._machine.heard_at
+
+    @property
+    def sealed(self) -> int:
+        """Bytes that are ready for the wire, and not sent yet."""
+        return self._wire_end - self._wire_start if self._wire is not None else 0
 
     @property
     def streams(self) -> Collection[YamuxStream]:
@@ -223,9 +280,15 @@ class Connection:
                     task_status.started()
                     await self._read_loop()
                     nursery.cancel_scope.cancel()
+                if self._mistake is not None:
+                    raise self._mistake
             else:
                 task_status.started()
                 await checkpoint()
+        except Exception:
+            self._aborted = True
+            self._end("an internal error on this side")
+            raise
         finally:
             if self.close_reason is None:
                 self._aborted = True
@@ -243,57 +306,115 @@ class Connection:
     async def _read_loop(self) -> None:
         raw = self._raw
         receive_nowait = raw.receive_nowait
-        open_into = self._open_into
-        unopened, self._unopened = self._unopened, b""
         try:
             if self._early:
                 early, self._early = self._early, b""
                 self._deliver(memoryview(early))
+            if self.circuit is not None:
+                self.circuit.serve(self._read_circuit, self._write_circuit)
+                self._read_circuit()
+                await trio.sleep_forever()
             while self.close_reason is None:
                 wire, plain = _reading.take(), _reading.take()
                 try:
                     count: int | None = READ_BUFFER
-                    filled = len(unopened)
-                    wire[:filled] = unopened
+                    rested = True
+                    filled = len(self._unopened)
+                    wire[:filled] = self._unopened
                     while True:
                         if filled:
-                            used, made = open_into(wire[:filled], plain)
-                            if made:
-                                self._deliver(plain[:made])
-                            else:
-                                self._machine.heard(trio.current_time())
-                            filled -= used
-                            if used and filled:
-                                wire[:filled] = wire[used : used + filled]
+                            filled = self._open(wire, filled, plain)
                         if count is None or count < FEW_BYTES:
                             break
-                        if count < READ_BUFFER:
-                            await checkpoint()
+                        if not rested:
+                            await checkpoint()  # a peer may send faster than this reads, and never let it wait
+                        rested = False
                         count = receive_nowait(wire[filled:])
                         if not count:
                             break
                         self.received += count
                         filled += count
-                    unopened = bytes(wire[:filled])
+                    self._unopened = bytes(wire[:filled])
                 finally:
                     _reading.give(wire)
                     _reading.give(plain)
                 if count == 0:
-                    return self._end(self._eof_reason(unopened))
+                    return self._end(self._eof_reason())
                 await raw.wait_readable()
-        except SecurityError as error:
-            self._misbehaved(Layer.NOISE, str(error))
-        except RemoteProtocolError as error:
-            self._misbehaved(Layer.YAMUX, str(error))
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self._end(f"the connection broke: {error}" if str(error) else "the connection broke")
+        except FAILURES as error:
+            self._failed(error)
 
-    def _eof_reason(self, unopened: bytes) -> str:
+    def _read_circuit(self) -> None:
+        """Read all that a circuit has brought. Called in the turn of its relay's reader, which nothing here may end."""
+        if self._reading or self.close_reason is not None:
+            return
+        self._reading = True  # what is delivered may end the relay's connection, and that calls this again
+        wire, plain = _reading.take(), _reading.take()
+        try:
+            filled = len(self._unopened)
+            wire[:filled] = self._unopened
+            while True:
+                if filled:
+                    filled = self._open(wire, filled, plain)
+                count = self._raw.receive_nowait(wire[filled:])
+                if not count:
+                    break
+                self.received += count
+                filled += count
+            self._unopened = bytes(wire[:filled])
+            if count == 0:
+                self._end(self._eof_reason())
+        except FAILURES as error:
+            self._failed(error)
+        except Exception as error:  # noqa: BLE001 - `run` raises it
+            self._mistaken(error)
+        finally:
+            self._reading = False
+            _reading.give(wire)
+            _reading.give(plain)
+
+    def _write_circuit(self) -> None:
+        """A circuit has room again. Called while its relay's connection is flushing, which nothing here may end."""
+        if self._blocked:
+            self._blocked = self._kicked = False
+            try:
+                self.flush()
+            except Exception as error:  # noqa: BLE001 - `run` raises it
+                self._mistaken(error)
+
+    def _mistaken(self, error: Exception) -> None:
+        self._mistake = error
+        assert self._scope is not None
+        self._scope.cancel()
+
+    def _open(self, wire: memoryview, filled: int, plain: memoryview) -> int:
+        """Open and deliver what is whole of so many bytes; returns how many are left, moved to the front."""
+        used, made = self._open_into(wire[:filled], plain)
+        if made:
+            self._deliver(plain[:made])
+        else:
+            self._machine.heard(trio.current_time())
+        left = filled - used
+        if used and left:
+            wire[:left] = wire[used:filled]
+        return left
+
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, SecurityError):
+            self._misbehaved(Layer.NOISE, str(error))
+        elif isinstance(error, RemoteProtocolError):
+            self._misbehaved(Layer.YAMUX, str(error))
+        else:
+            self._broke(error)
+
+    def _eof_reason(self) -> str:
         code = self._machine.go_away_received
         if code is not None and code != GoAway.NORMAL:
             names = {GoAway.PROTOCOL_ERROR: "a protocol error", GoAway.INTERNAL_ERROR: "an internal error"}
             return f"the peer closed it because of {names.get(GoAway(code)) if code in (1, 2) else f'code {code:#x}'}"
-        return "the peer closed it" + (" in the middle of a message" if unopened else "")
+        if code is None and self.circuit is not None and self.circuit.used_up:
+            return str(self.circuit.end())  # go's relays end it in order; a peer would have said a word
+        return "the peer closed it" + (" in the middle of a message" if self._unopened else "")
 
     def _misbehaved(self, layer: Layer, what: str) -> None:
         if self.close_reason is None:
@@ -341,11 +462,32 @@ class Connection:
                 scheduler.
         """
         self._machine.write(stream, data)
-        if now and self._quiet:
-            # What follows in this turn is gathered, until the flusher has had its turn or something was heard.
-            self._quiet = False
-            self.flush()
+        if now:
+            self.wrote(len(data))
         elif not self._kicked:
+            self.flush_soon()
+
+    def wrote(self, size: int) -> None:
+        """So many bytes were queued, or offered (`offers`). Send them now, or with what follows in this turn."""
+        kicked = self._kicked
+        if size >= FULL_WRITE or (
+            size <= SMALL_WRITE and (self._quiet or (not kicked and trio.current_time() - self._wrote_at > REST))
+        ):
+            # What follows in this turn is gathered, until the flusher has had its turn, something was heard, or the
+            # line has rested.
+            self._quiet = False
+            self._wrote_at = trio.current_time()
+            self.flush()
+        elif not kicked:
+            self.flush_soon()
+
+    def write_all(self, stream: Stream, pieces: Sequence[bytes]) -> None:
+        """Queue several pieces of a stream, which leave with what else is written in this turn; for sessions.
+
+        Unlike `write`, it may be called while this connection is flushing: they leave with what is being flushed.
+        """
+        self._machine.write_all(stream, pieces)
+        if not (self._flushing or self._kicked):
             self.flush_soon()
 
     def flush_soon(self) -> None:
@@ -356,37 +498,42 @@ class Connection:
 
     def flush(self) -> None:
         """Send what is queued as far as the pipe takes it now. Never waits, never fails."""
-        if self._blocked or self.close_reason is not None:
+        if self._blocked or self._flushing or self.close_reason is not None:
             return
+        self._flushing = True
         machine = self._machine
         send_nowait = self._raw.send_nowait
+        circuit = self.circuit
         budget = FLUSH_BUDGET
         try:
             while True:
-                wire = self._wire
-                if wire is None:
+                while self.offers:
+                    self.offers.pop().fill()
+                left = self.sealed
+                if left <= SMALL_REST:
+                    if circuit is not None and circuit.full and machine.pending:
+                        self._blocked = True  # until `_write_circuit`
+                        return
                     pieces, size = machine.take(self._batch)
-                    if not size:
+                    if size:
+                        if machine.drained:
+                            for stream in machine.drained:
+                                if stream.owner is not None:
+                                    stream.owner._drained()
+                            machine.drained.clear()
+                        self._seal(pieces, size)
+                        budget -= size
+                    elif not left:
                         if self._drained is not None:
                             self._drained.set()
                         return
-                    if machine.drained:
-                        for stream in machine.drained:
-                            if stream.owner is not None:
-                                stream.owner._writable.wake()
-                        machine.drained.clear()
-                    room = sealed_size(size)  # beyond a batch only with a crowd of answers
-                    wire = _writing.take() if room <= WIRE_BUFFER else memoryview(bytearray(room))
-                    self._wire = wire
-                    self._wire_start = 0
-                    self._wire_end = self._seal_into(pieces[0] if len(pieces) == 1 else b"".join(pieces), wire)
-                    budget -= size
-                start, end = self._wire_start, self._wire_end
+                wire, start, end = self._wire, self._wire_start, self._wire_end
+                assert wire is not None
                 count = send_nowait(wire[start:end])
                 self.sent += count
                 if start + count < end:
                     self._wire_start = start + count
-                    self._batch = max(MIN_BATCH, min(MAX_BATCH, count))
+                    self._batch = max(MIN_BATCH, min(MAX_BATCH, count * MAX_PLAINTEXT // FULL_FRAME))
                     self._blocked = True
                     self._flusher.wake()
                     return
@@ -397,7 +544,20 @@ class Connection:
                     self.flush_soon()
                     return
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self._end(f"the connection broke: {error}" if str(error) else "the connection broke")
+            self._broke(error)
+        finally:
+            self._flushing = False
+
+    def _seal(self, pieces: list[bytes | memoryview], size: int) -> None:
+        """Seal what has ``size`` bytes together behind what is left of the last batch."""
+        rest, left = self._wire, self.sealed
+        room = left + sealed_size(size)  # beyond a batch only with a crowd of answers
+        wire = _writing.take() if room <= WIRE_BUFFER else memoryview(bytearray(room))
+        if rest is not None:
+            wire[:left] = rest[self._wire_start : self._wire_end]
+            self._release_wire()
+        made = self._seal_into(pieces[0] if len(pieces) == 1 else b"".join(pieces), wire[left:])
+        self._wire, self._wire_start, self._wire_end = wire, 0, left + made
 
     def _release_wire(self) -> None:
         wire, self._wire = self._wire, None
@@ -410,16 +570,16 @@ class Connection:
         while self._alive():
             with trio.CancelScope(deadline=machine.next_deadline()) as self._timer:
                 while self._alive():
-                    if self._blocked:
+                    if self._blocked and self.circuit is None:
                         try:
                             await raw.wait_writable()
                         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                            self._end(f"the connection broke: {error}" if str(error) else "the connection broke")
+                            self._broke(error)
                             return
                         self._blocked = False
                         self._kicked = False
                         self.flush()
-                    elif self._kicked:
+                    elif self._kicked and not self._blocked:
                         self._kicked = False
                         self.flush()
                         self._quiet = True
@@ -428,15 +588,24 @@ class Connection:
                     else:
                         await self._flusher.wait()
             if self._alive():
-                dead = machine.on_timeout(trio.current_time())
+                now = trio.current_time()
+                before, self._delivered = self._delivered, raw.delivered()
+                if machine.pinging and self._delivered - before > PING_ON_WIRE:
+                    machine.heard(now)  # what we sent still moves: the ping may lie behind it
+                dead = machine.on_timeout(now)
                 if dead is not None:
-                    self._aborted = True
+                    self._aborted = self.broke = True
                     self._end(dead)
                 elif machine.pending:
                     self.flush()
 
     def _alive(self) -> bool:
         return self.close_reason is None
+
+    def keep_alive(self, seconds: float) -> None:
+        """Ping after so many seconds of silence from now on, where a NAT on the way forgets sooner than configured."""
+        self._machine.keepalive = seconds
+        self._rearm()
 
     def _rearm(self) -> None:
         """A deadline may have come nearer."""
@@ -483,7 +652,8 @@ class Connection:
         elif len(protocols) == 1:
             stream._start(proposer)
         else:
-            await multistream.propose(stream, proposer, self._negotiation_timeout)
+            self.write(state, proposer.start(), now=False)
+            await stream.negotiate(proposer, self._negotiation_timeout)
         return stream
 
     async def accept(self, stream: YamuxStream, protocols: Collection[str]) -> str:
@@ -500,7 +670,7 @@ class Connection:
             UpgradeTimeout: it said nothing for too long. The stream is reset.
             ConnectionLost, StreamReset: the stream ended.
         """
-        return await multistream.accept(stream, protocols, self._negotiation_timeout)
+        return await stream.negotiate(Responder(protocols), self._negotiation_timeout)
 
     async def ping(self) -> float:
         """Measure the round trip in seconds, to the peer's multiplexer and back.
@@ -523,6 +693,20 @@ class Connection:
             return self._pongs.pop(value)
         raise ConnectionLost(f"the connection ended: {self.close_reason}")
 
+    async def check_alive(self, within: float, reason: str) -> None:
+        """Ping, and abort it if nothing came from the peer meanwhile, nor anything of what was sent has reached it.
+
+        Args:
+            within: seconds for the answer.
+            reason: what it is aborted with, in words.
+        """
+        delivered = self.delivered
+        with trio.move_on_after(within) as scope, suppress(ConnectionLost):
+            await self.ping()
+        silent = trio.current_time() - self.heard_at >= within
+        if scope.cancelled_caught and silent and self.delivered == delivered:  # else it is only slow
+            self.abort(reason, broke=True)
+
     def finish(self, stream: Stream) -> None:
         """End our direction of a stream; for `YamuxStream`."""
         self._machine.finish(stream)
@@ -539,11 +723,18 @@ class Connection:
         self._rearm()
         self.flush_soon()
 
-    def consumed(self, stream: Stream) -> None:
-        """Grant what was read of a stream; for `YamuxStream`."""
+    def consumed(self, stream: Stream, *, now: bool = True) -> None:
+        """Grant what was read of a stream; for `YamuxStream`.
+
+        Args:
+            now: whether the peer may be told in this call; it must not be where another connection is flushing.
+        """
         if self._machine.consumed(stream, trio.current_time()):
             self._rearm()
-            self.flush()
+            if now:
+                self.flush()
+            else:
+                self.flush_soon()
 
     # Ending
 
@@ -592,9 +783,15 @@ class Connection:
         self._drained = None
         await checkpoint()
 
-    def abort(self, reason: str = "") -> None:
-        """End at once, without telling the peer why."""
+    def abort(self, reason: str = "", *, broke: bool = False) -> None:
+        """End at once, without telling the peer why.
+
+        Args:
+            reason: why, in words.
+            broke: whether the way to the peer is found broken; see the attribute.
+        """
         self._aborted = True
+        self.broke = self.broke or broke
         self._end(reason or "it was aborted on this side")
         if self._on_stream is None:
             self._raw.abort()
@@ -607,6 +804,12 @@ class Connection:
         if self._ended is None:
             self._ended = trio.Event()
         await self._ended.wait()
+
+    def _broke(self, error: Exception) -> None:
+        if self.close_reason is None and self._closing is None:
+            reset = isinstance(error.__cause__, ConnectionResetError | BrokenPipeError)  # it came by the way
+            self.broke = not reset
+        self._end(f"the connection broke: {error}" if str(error) else "the connection broke")
 
     def _end(self, reason: str) -> None:
         """Remember why it ended, and tell everybody who waits for it. What was received can still be read."""

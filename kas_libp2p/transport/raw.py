@@ -1,4 +1,4 @@
-"""What an upgrade needs from below: a byte pipe. A TCP socket today, a stream through a relay later."""
+"""What an upgrade needs from below: a byte pipe. A TCP socket, or a stream through a relay."""
 
 from __future__ import annotations
 
@@ -52,6 +52,9 @@ class RawConnection(Protocol):
 
     async def wait_writable(self) -> None:
         """Return when `send_nowait` would take at least one byte."""
+
+    def delivered(self) -> int:
+        """Bytes that have reached the other end, as far as the pipe knows. Never fails; 0 once it is closed."""
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of ``data``. If cancelled, part of it may have been sent."""

@@ -26,7 +26,8 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -53,6 +54,8 @@ Measured at 50 ms round trip and 55-62 MB/s: 95 % of the time at most 191 KiB (3
 (21.5 ms); at 64 KiB 2.4 ms. On loopback it costs the writer of 64 KiB pieces 0.2 s of CPU per GB, of 256 KiB pieces
 nothing that shows."""
 
+BYTES_ACKED = slice(120, 128)
+"""Where ``tcpi_bytes_acked`` stands in Linux's ``struct tcp_info``, since 4.1."""
 SEND_BUFFER = 32 * MIB
 """Bytes in flight that a connection may have, where the system allows it: the largest Yamux window in use, 160 MB/s at
 200 ms of round trip. The kernel's own tuning ends at ``tcp_wmem`` (4 MiB by default, with its book-keeping): 15 MB/s
@@ -149,6 +152,14 @@ class TcpRaw:
                 return count
             self._moved = 0
             await self.wait_readable()
+
+    def delivered(self) -> int:
+        """Bytes that the other host has acknowledged; see `RawConnection`."""
+        try:
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.stop)
+        except OSError:  # closed
+            return 0
+        return int.from_bytes(info[BYTES_ACKED], sys.byteorder)
 
     def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
         """Send what there is room for; see `RawConnection`."""
@@ -418,7 +429,7 @@ class Source(enum.Enum):
     """The port we listen on and no other, as hole punching needs it. EADDRNOTAVAIL then means that this very connection
     may just have been accepted by our listener, and crossed SYNs are a success."""
     ANY_PORT = "any"
-    """A fresh port."""
+    """A fresh port, never one that we listen on: the system gives out no port that is bound."""
 
 
 class Dialer:
@@ -427,9 +438,13 @@ class Dialer:
     Args:
         listeners: our listeners. The object is kept, so later changes count.
         config: ``tcp_timeout`` is used.
+
+    Attributes:
+        on_contact: called with the IP before each dial from a listen port: from then on a NAT may let it in there.
     """
 
     def __init__(self, listeners: Sequence[Listener] = (), config: DialConfig | None = None) -> None:
+        self.on_contact: Callable[[str], None] | None = None
         self._listeners = listeners
         self._config = config or DialConfig()
 
@@ -437,7 +452,8 @@ class Dialer:
         """Connect to one IP address and port. A ``/p2p`` at the end is left to whoever verifies it.
 
         Raises:
-            AddressError: not an address for plain TCP, or none that can be dialed (ours, port 0, wildcard, multicast).
+            AddressError: not an address for plain TCP, or none that can be dialed (ours, port 0, wildcard, multicast);
+                from the listen port alone: no listener fits, or there is no route.
             OSError: the system's reason; ``TimeoutError`` after ``tcp_timeout`` seconds.
         """
         ip, port = _where(address)
@@ -457,8 +473,12 @@ class Dialer:
         local = self._local_for(ip, target)
         if local is None:
             if only:
-                raise OSError(errno.EADDRNOTAVAIL, "no listener has an address from which this one can be reached")
+                raise AddressError(f"no listener has an address from which {ip} can be reached")
             return None
+        if only and _source_towards(target) is None:
+            raise AddressError(f"this machine has no route to {ip}")
+        if self.on_contact is not None:
+            self.on_contact(ip.partition("%")[0])
         try:
             raw = await _connect(target, local)
         except OSError as error:

@@ -19,6 +19,8 @@ Sources: libp2p specs ``connections/README.md``, ``noise/README.md``, ``connecti
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import trio
 
 from kas_libp2p.config import KIB, Config
@@ -26,7 +28,7 @@ from kas_libp2p.errors import NegotiationError, Stage, UpgradeError, UpgradeTime
 from kas_libp2p.identity import Identity
 from kas_libp2p.metadata import DIRECT, Path, PeerId
 from kas_libp2p.transport import _noise
-from kas_libp2p.transport._multistream import Proposer, Responder
+from kas_libp2p.transport._multistream import HEADER, Proposer, Responder
 from kas_libp2p.transport._noise import LENGTH, Handshake, Secured, Static, sealed_size
 from kas_libp2p.transport.connection import Connection
 from kas_libp2p.transport.raw import RawConnection
@@ -34,6 +36,22 @@ from kas_libp2p.transport.yamux import _machine as yamux
 
 READ_SIZE = 4 * KIB
 """Bytes read at once during the handshakes: they are a few hundred bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What was said on a pipe before it was known who is the initiator.
+
+    Attributes:
+        heard: what was read from it.
+        greeted: whether multistream's header has been sent, which is the first that either side says.
+    """
+
+    heard: bytes = b""
+    greeted: bool = False
+
+
+NOTHING = Opening()
 
 
 async def upgrade(
@@ -45,6 +63,7 @@ async def upgrade(
     config: Config,
     path: Path = DIRECT,
     static: Static | None = None,
+    opening: Opening = NOTHING,
 ) -> Connection:
     """Secure and multiplex a byte pipe. If this fails, or is cancelled, the pipe is closed.
 
@@ -55,6 +74,7 @@ async def upgrade(
         expected: the peer that must be at the other end, or ``None`` for any.
         path: the way that the pipe takes.
         static: our static Noise key; a new one if not given.
+        opening: what was said already.
 
     Returns:
         The connection. Nothing happens on it before `Connection.run`.
@@ -66,7 +86,7 @@ async def upgrade(
         UpgradeTimeout: it was silent for ``config.dial.upgrade_timeout`` in all; says at which stage.
         UpgradeError: the pipe broke or ended; says at which stage.
     """
-    attempt = _Upgrade(raw, identity, initiator, expected, static)
+    attempt = _Upgrade(raw, identity, initiator, expected, static, opening)
     done = False
     timeout = config.dial.upgrade_timeout
     try:
@@ -118,12 +138,14 @@ class _Upgrade:
         initiator: bool,
         expected: PeerId | None,
         static: Static | None,
+        opening: Opening,
     ) -> None:
         self.stage = Stage.SECURITY_NEGOTIATION
         self.rtt: float | None = None
-        self.wire = bytearray()
+        self.wire = bytearray(opening.heard)
         self.plain = bytearray()
         self._raw = raw
+        self._said = HEADER if opening.greeted else b""
         self._initiator = initiator
         self._handshake = Handshake(
             identity, initiator=initiator, expected=expected, muxers=(yamux.PROTOCOL,), static=static
@@ -144,13 +166,14 @@ class _Upgrade:
         proposer = Proposer((_noise.PROTOCOL,), self.stage)
         first = proposer.start() + self._handshake.write()
         sent_at = trio.current_time()
-        await self._raw.send_all(first)
+        await self._raw.send_all(first.removeprefix(self._said))
+        proposer.receive(self.wire)
+        self.wire.clear()
         while proposer.selected is None:
             await self._read_more()
-            if self.rtt is None:
-                self.rtt = trio.current_time() - sent_at
             proposer.receive(self.wire)
             self.wire.clear()
+        self.rtt = trio.current_time() - sent_at  # not before: go greets us unasked
         self.wire += proposer.rest()
         self.stage = Stage.NOISE
         self._handshake.read(await self._read_message())
@@ -164,8 +187,9 @@ class _Upgrade:
         responder = Responder((_noise.PROTOCOL,), self.stage)
         answer = b""
         while responder.selected is None:
-            await self._read_more()
-            answer += responder.receive(self.wire)
+            if not self.wire:
+                await self._read_more()
+            answer += responder.receive(self.wire).removeprefix(self._said)
             self.wire.clear()
             if responder.selected is None:
                 await self._raw.send_all(answer)

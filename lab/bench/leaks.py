@@ -12,11 +12,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from natlab import Lab, RunningLab, home, public
 
 PAIR = Lab((home("alice", "sym", delay=0.005), public("relay")))
+
+
+KINDS = ("net:[", "user:[", "pid:[", "mnt:[")
+"""Of namespaces that a lab could make."""
 
 
 def one(_: int) -> None:
@@ -29,20 +31,23 @@ def one(_: int) -> None:
 
 def left() -> dict[str, int]:
     """Counts of what a lab could leave."""
-    spaces, mine = set(), 0
-    for each in filter(str.isdigit, os.listdir("/proc")):
+    spaces, mounts, mine = set(), set(), 0
+    for each in map(Path, filter(str.isdigit, os.listdir("/proc"))):
+        process = "/proc" / each
         try:
-            spaces |= {os.stat(f"/proc/{each}/ns/{kind}").st_ino for kind in ("net", "user", "pid", "mnt")}
-            mine += b"natlab" in Path(f"/proc/{each}/cmdline").read_bytes()
+            links = [*(process / "ns").iterdir(), *(process / "fd").iterdir()]
+            spaces |= {target for target in map(os.readlink, links) if target.startswith(KINDS)}
+            mounts |= set((process / "mountinfo").read_text(encoding="utf-8").splitlines())
+            mine += b"natlab" in (process / "cmdline").read_bytes()
         except OSError:
             continue
     names = Path("/run/netns")
     return {
-        "namespaces with a process": len(spaces),
+        "namespaces that a process is in or holds": len(spaces),
+        "mounts that a process sees": len(mounts),
         "processes": mine,
         "open files": len(os.listdir("/proc/self/fd")),
         "named namespaces": len(os.listdir(names)) if names.is_dir() else 0,
-        "mounts": len(Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()),
         "temporary files": sum("natlab" in name for name in os.listdir(tempfile.gettempdir())),
     }
 

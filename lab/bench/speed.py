@@ -14,9 +14,6 @@ import statistics
 import struct
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from natlab import Lab, Link, RunningLab, home, public
 

@@ -14,12 +14,14 @@
 from ._zygote import preload
 from .errors import CommandFailed, LabError, RemoteError, TopologyError, Unsupported
 from .nat import NATS, TYPES, Filtering, Mapping, Nat, Promise, promise_of
-from .running import Call, Completed, Host, Line, Process, Router, RunningLab
+from .processes import Call, Completed, Process
+from .running import Between, Host, Line, Router, RunningLab
 from .topology import Lab, Link, Site, home, lab_from_text, public
 
 __all__ = [
     "NATS",
     "TYPES",
+    "Between",
     "Call",
     "CommandFailed",
     "Completed",

@@ -19,6 +19,7 @@ This module imports as little as it can: a lab has to be there in a blink.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -35,6 +36,16 @@ PARALLEL_NFT = 8
 
 class _Refused(Exception):
     """A request can't be done; the text is for the user."""
+
+
+class _Lacking(_Refused):
+    """The kernel was built without something, or may not load it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"this kernel lacks something ({what}): natlab needs veth, bridge, IPv6 and nf_tables, with nft_chain_nat, "
+            "nft_masq, nft_ct, nft_reject_inet, nft_numgen, nft_hash and nft_fwd_netdev; load them with modprobe -a"
+        )
 
 
 def _namespace(kind: str) -> int:
@@ -158,7 +169,7 @@ class _Lab:
             try:
                 answer, out = getattr(self, "do_" + request["do"])(request, fds)
             except _Refused as error:
-                answer, out = {"error": str(error)}, []
+                answer, out = {"error": str(error), "unsupported": isinstance(error, _Lacking)}, []
             except OSError as error:
                 answer, out = {"error": f"{request['do']}: {error}"}, []
             fds += out
@@ -260,7 +271,8 @@ class _Lab:
                 case _:
                     raise _Refused(f"there is no step {kind}")
         except OSError as error:
-            raise _Refused(f"the kernel refuses {kind} {json.dumps(step)}: {error}") from None
+            refusal = _Lacking if error.errno in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT) else _Refused
+            raise refusal(f"the kernel refuses {kind} {json.dumps(step)}: {error}") from None
 
     def at(self, name: str) -> _netlink.Links:
         """Enter a namespace, with a netlink socket that stays for this build."""
@@ -298,7 +310,8 @@ class _Lab:
         while started:
             finish()
         if failures:
-            raise _Refused(failures[0].splitlines()[0])
+            reason = failures[0].splitlines()[0]
+            raise (_Lacking if "not supported" in reason else _Refused)(reason)
 
     def set_offload(self, wire: dict[str, Any]) -> None:
         """On a link that does something, a packet is a packet; on a plain one the kernels may batch."""
@@ -392,7 +405,9 @@ class _Lab:
             try:
                 _calm()
                 _kernel.setns(namespace, _kernel.CLONE_NEWNET)
-                _pcap.record(fds[0], telling)
+                frames = _pcap.listen()
+                _kernel.setns(self.home, _kernel.CLONE_NEWNET)  # whoever kills all in there does not mean us
+                _pcap.record(frames, fds[0], telling)
             finally:
                 os._exit(0)
         os.close(telling)
@@ -403,8 +418,12 @@ class _Lab:
     def do_detach(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Outlive the client; from now on whoever connects to this listening socket may ask."""
         self.listener = socket.socket(fileno=os.dup(fds[0]))
-        self.note = request["note"]
         self.parent = None
+        return {}, []
+
+    def do_note(self, request: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Remember what whoever connects is to be told."""
+        self.note = request["note"]
         return {}, []
 
 
@@ -412,15 +431,23 @@ def _is_plain(link: dict[str, float]) -> bool:
     return not any(link.values())
 
 
+_NEIGHBOURS = ("ether type arp", "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert }")
+
+
 def _wire_rules(wire: dict[str, Any]) -> str:
-    """What the kernel does with frames of a link: pass them on, or leave them to the wire process, or to nobody."""
+    """What the kernel does with frames of a link: pass them on, or leave them to the wire process, or to nobody.
+
+    On a link that is cut neighbours still find each other, else whoever sends would be told that the host is not there,
+    and a link that is cut one way would end the other way, too.
+    """
     text = "add table netdev wire\n"
     for way, source, target in (("up", "b", "a"), ("down", "a", "b")):
         link, name = wire[way], f"{wire['number']}{source}"
         hook = f'type filter hook ingress device "{name}" priority 0'
         text += f"add chain netdev wire from{name} {{ {hook}; policy drop; }}\nflush chain netdev wire from{name}\n"
-        if link is not None and _is_plain(link):
-            text += f'add rule netdev wire from{name} fwd to "{wire["number"]}{target}"\n'
+        passing = _NEIGHBOURS if link is None else ("",) if _is_plain(link) else ()
+        for frames in passing:
+            text += f'add rule netdev wire from{name} {frames} fwd to "{wire["number"]}{target}"\n'
     return text
 
 

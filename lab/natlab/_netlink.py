@@ -74,8 +74,11 @@ class Links:
 
     def up(self, name: str) -> None:
         """Switch an interface on, without a link-local address (IFLA_INET6_ADDR_GEN_MODE none)."""
-        inet6 = b"" if name == "lo" else _attribute(_AF_SPEC, _attribute(socket.AF_INET6, _attribute(8, b"\x01")))
-        _request(self._socket, _NEWLINK, 0, _link(socket.if_nametoindex(name), _IFF_UP) + inet6)
+        index = socket.if_nametoindex(name)
+        if name != "lo":  # before: within one request the kernel would switch it on first
+            inet6 = _attribute(_AF_SPEC, _attribute(socket.AF_INET6, _attribute(8, b"\x01")))
+            _request(self._socket, _NEWLINK, 0, _link(index) + inet6)
+        _request(self._socket, _NEWLINK, 0, _link(index, _IFF_UP))
 
     def address(self, name: str, address: str, remove: bool) -> None:
         """Add or remove an address with its prefix length; IPv6 without waiting for duplicates."""

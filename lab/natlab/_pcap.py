@@ -46,9 +46,13 @@ def packet(number: int, nanoseconds: int, frame: bytes, size: int, outgoing: boo
     return _block(6, body + _option(2, struct.pack("=I", 2 if outgoing else 1)) + _option(0, b""))
 
 
-def record(file: int, telling: int) -> None:
-    """Write every frame of this namespace into a file, for ever; say so through a pipe once listening."""
-    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
+def listen() -> socket.socket:
+    """What gets every frame of this namespace."""
+    return socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
+
+
+def record(sock: socket.socket, file: int, telling: int) -> None:
+    """Write every frame into a file, until there are too many; say so through a pipe once the file has begun."""
     written = os.write(file, section())
     numbers: dict[str, int] = {}
     buffer = bytearray(SNAP)

@@ -28,6 +28,8 @@ class _Pickler(pickle.Pickler):
             cells = [cell.cell_contents for cell in value.__closure__ or ()]
             details = (value.__name__, value.__qualname__, value.__defaults__, value.__kwdefaults__, cells)
             return _rebuild, (value.__module__, marshal.dumps(value.__code__), *details)
+        if isinstance(value, BaseException) and isinstance(type(value).__init__, FunctionType):
+            return _raise_again, (type(value), value.args, value.__dict__)
         return NotImplemented
 
 
@@ -47,6 +49,20 @@ def _rebuild(
     return function
 
 
+def _raise_again(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+    """An exception as it was; pickle would give its text to an ``__init__`` that wants what the text was made of."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
+
+def _dump(value: Any) -> bytes:
+    body = io.BytesIO()
+    _Pickler(body).dump(value)
+    return body.getvalue()
+
+
 def pack(
     function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any], environment: dict[str, str]
 ) -> bytes:
@@ -58,14 +74,13 @@ def pack(
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     spec = getattr(module, "__spec__", None)
     home = (getattr(module, "__name__", None), getattr(spec, "name", None), getattr(module, "__file__", None))
-    body = io.BytesIO()
     try:
-        _Pickler(body).dump((function, args, keywords))
+        body = _dump((function, args, keywords))
     except Exception as error:
         name = getattr(function, "__qualname__", function)
         raise LabError(f"{name} or what it is given can't be sent to a host: {error}") from error
     runner = "trio" if "trio" in sys.modules else "asyncio"
-    return pickle.dumps(({**os.environ, **environment}, list(sys.path), home, runner, body.getvalue()))
+    return pickle.dumps(({**os.environ, **environment}, list(sys.path), home, runner, body))
 
 
 def call(data: bytes) -> bytes:
@@ -81,15 +96,15 @@ def call(data: bytes) -> bytes:
         value = function(*args, **keywords)
         if hasattr(value, "__await__"):
             value = _finish(value, runner)
-        return pickle.dumps((True, value))
+        return _dump((True, value))
     except BaseException as error:  # noqa: BLE001 - it is raised again where the call came from
         text = "".join(traceback.format_exception(error))
         try:
-            data = pickle.dumps((False, error, text))
-            pickle.loads(data)  # some exceptions can be pickled but not made again
+            data = _dump((False, error, text))
+            pickle.loads(data)  # some can be pickled but not made again
             return data
         except Exception:  # noqa: BLE001 - as above
-            return pickle.dumps((False, RemoteError(text), text))
+            return _dump((False, RemoteError(text), text))
 
 
 def _finish(awaitable: Any, runner: str) -> Any:

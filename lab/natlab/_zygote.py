@@ -13,13 +13,12 @@ import importlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Iterable, Sequence
 
-from . import _channel, _kernel, _remote
+from . import _channel, _fresh, _kernel, _remote
 from .errors import LabError
 
 PRELOAD_TIMEOUT = 60.0
@@ -36,12 +35,7 @@ class Zygote:
         path = [*sys.path, root]
         code = f"import sys; sys.path[:] = {path!r}; from natlab._zygote import serve; serve({theirs.fileno()})"
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self._process = _fresh.start("natlab-functions", code, theirs.fileno())
         self._socket = ours
         self._socket.settimeout(PRELOAD_TIMEOUT)
         self._loaded: set[str] = set()

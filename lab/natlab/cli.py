@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -17,9 +16,9 @@ from ._stun import DEFAULT_PORT
 from .errors import LabError
 from .nat import TYPES, chain_of, nat_named, promise_of
 from .picture import picture
-from .probe import Behaviour, Findings, probe, serve
+from .probe import Behaviour, probe, serve
 from .punch import group_of
-from .reflector import add_reflector
+from .reflector import add_reflector, probe_types
 from .running import INSIDE, RunningLab, detached
 from .topology import Lab, home, lab_as_json, lab_from_text, seconds
 
@@ -118,8 +117,9 @@ def _types(options: argparse.Namespace) -> int:
         row = {"type": name, "group": group_of(name).name, **asdict(promise), "port": nat.port}
         rows.append(row)
     if options.check:
-        for row, found in zip(rows, _check_all(), strict=True):
-            row["differences"] = found.differences(row["type"])
+        found = probe_types()
+        for row in rows:
+            row["differences"] = found[row["type"]].differences(row["type"])
     wrong = [row for row in rows if row.get("differences")]
     if options.json:
         _print(rows)
@@ -132,14 +132,6 @@ def _types(options: argparse.Namespace) -> int:
             + ("; ".join(row["differences"]) or "as promised" if options.check else "")
         )
     return 1 if wrong else 0
-
-
-def _check_all() -> list[Findings]:
-    """Probe every type, all in one lab and at once."""
-    sites = [home(f"h{index}", name) for index, name in enumerate(TYPES)]
-    with RunningLab(Lab(tuple(sites))) as lab, ThreadPoolExecutor(len(TYPES)) as pool:
-        server = add_reflector(lab)
-        return list(pool.map(lambda index: probe(server, lab[f"h{index}"].socket), range(len(TYPES))))
 
 
 def _matrix(options: argparse.Namespace) -> int:
@@ -231,12 +223,15 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _enter(lab: RunningLab, name: str, argv: list[str], as_json: bool) -> int:
-    """Run a command in a host with our own terminal; it is told every host's address as NATLAB_NAME."""
+    """Run a command in a host, with our own terminal or for JSON; it is told every host's address as NATLAB_NAME."""
     host = lab[name]
     addresses = {f"NATLAB_{each.name.upper().replace('-', '_')}": each.address for each in lab.hosts}
-    status = _execute(lab.entrance(host.name), argv, {**os.environ, **addresses, INSIDE: host.name})
     if as_json:
-        _print({"host": host.name, "argv": argv, "status": status})
+        done = host.run(argv, env=addresses, check=False, timeout=None)
+        status = done.status
+        _print({"host": host.name, "argv": argv, **asdict(done)})
+    else:
+        status = _execute(lab.entrance(host.name), argv, {**os.environ, **addresses, INSIDE: host.name})
     return status if status >= 0 else 128 - status
 
 
@@ -272,7 +267,8 @@ def _probe(options: argparse.Namespace) -> int:
     if options.serve:
         if len(options.serve) > 2:
             raise LabError("a prober's server has two addresses at most")
-        serve(options.serve, options.port, ready=lambda: print("serving", *options.serve, flush=True))
+        said = json.dumps({"serving": options.serve}) if options.json else " ".join(["serving", *options.serve])
+        serve(options.serve, options.port, ready=lambda: print(said, flush=True))
     if options.type:
         with RunningLab(Lab((home("home", options.type),))) as lab:
             found = probe(add_reflector(lab), lab["home"].socket, lifetime=options.lifetime)

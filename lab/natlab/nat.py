@@ -207,11 +207,12 @@ def ruleset(
         hairpin: whether insiders reach each other by the outside address.
         udp_lifetime, tcp_lifetime: seconds that outsiders may use a mapping after the last packet out.
         ipv6: "open", or "fw" to let in over IPv6 only what was asked for.
-        portmap: whether the router has a port-mapping service, which writes into ``map portmap``.
+        portmap: whether the router has a port-mapping service, which writes into ``map portmap``, and of an IPv6
+            firewall into ``set pinholes``.
     """
     return (
         "flush ruleset\n"
-        + _firewall(nat, ipv6, portmap or hairpin)
+        + _firewall(nat, ipv6, portmap or hairpin, portmap)
         + _translation(nat, wan, hairpin, {"udp": udp_lifetime, "tcp": tcp_lifetime}, portmap)
     )
 
@@ -226,7 +227,7 @@ def _reject(refusal: Refusal) -> list[str]:
             return ["reject with icmpx admin-prohibited"]
 
 
-def _firewall(nat: Nat, ipv6: str, lets_dnat_in: bool) -> str:
+def _firewall(nat: Nat, ipv6: str, lets_dnat_in: bool, pinholes: bool) -> str:
     guard4 = nat.filtering is not Filtering.NONE
     guard6 = ipv6 == "fw"
     if not guard4 and not guard6:
@@ -240,12 +241,17 @@ def _firewall(nat: Nat, ipv6: str, lets_dnat_in: bool) -> str:
     forward = [*common]
     if nat.filtering in (Filtering.EIF, Filtering.ADF) or lets_dnat_in:
         forward.append("ct status dnat accept")
+    holes = []
+    if guard6 and pinholes:
+        holes.append("set pinholes { type inet_proto . ipv6_addr . inet_service; flags timeout; size 1024; }")
+        forward.append("meta l4proto . ip6 daddr . th dport @pinholes accept")
     chains = {"forward": forward + _reject(nat.refusal)}
     if nat.guarded or not guard4:
         chains["input"] = [*common, neighbours, *_reject(nat.refusal)]
     return _table(
         "inet fw",
-        [
+        holes
+        + [
             _chain(name, f"type filter hook {name} priority filter; policy drop;", lines)
             for name, lines in chains.items()
         ],
@@ -265,7 +271,8 @@ def _translation(nat: Nat, wan: str, hairpin: bool, lifetimes: dict[str, float],
         parts.append(
             "map portmap { type inet_proto . inet_service : ipv4_addr . inet_service; flags timeout; size 1024; }"
         )
-        pre.append(f"ip daddr {wan} dnat to meta l4proto . th dport map @portmap")
+        comes_in = f"ip daddr {wan}" if hairpin else 'iifname "wan"'
+        pre.append(f"{comes_in} dnat to meta l4proto . th dport map @portmap")
     if learns:
         parts.append(f"map rev {{ type inet_proto . inet_service : ipv4_addr . inet_service; {sets} }}")
     match nat.filtering:
@@ -306,10 +313,10 @@ def _translation(nat: Nat, wan: str, hairpin: bool, lifetimes: dict[str, float],
         for protocol, lifetime in lifetimes.items():
             out = f'oifname "wan" ct direction original meta l4proto {protocol}'
             expires = f"timeout {max(1, round(lifetime * 1000))}ms"
-            learn.append(
-                f"{out} update @rev {{ meta l4proto . th sport {expires}"
-                " : ct original ip saddr . ct original proto-src }"
-            )
+            inside = "ct original ip saddr . ct original proto-src"
+            # An element that lives would keep who had this port before.
+            learn.append(f"{out} ct state new delete @rev {{ meta l4proto . th sport : {inside} }}")
+            learn.append(f"{out} update @rev {{ meta l4proto . th sport {expires} : {inside} }}")
             if nat.filtering is Filtering.ADF:
                 learn.append(f"{out} update @allow {{ meta l4proto . th sport . ip daddr {expires} }}")
         parts.append(_chain("learn", "type filter hook postrouting priority srcnat + 10;", learn))

@@ -12,8 +12,8 @@ def picture(lab: Lab) -> Iterator[str]:
     """Line by line::
 
     core
-    ├── 25 ms ── alice/router 11.0.1.2 (pr) ── alice 192.168.1.10
-    └── relay 11.0.2.2 2d00:0:2::2
+    ├── 25 ms ── alice/router 11.1.0.2 (pr) ── alice 192.168.1.10
+    └── relay 11.2.0.2 2d00:0:2::2
     """
     yield "core"
     for number, site in enumerate(lab.sites, 1):

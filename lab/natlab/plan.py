@@ -133,14 +133,15 @@ def site_address(number: int, version: int = 4, index: int = 0) -> str:
 
 
 def _outside(number: int, last: int, version: int) -> str:
-    return f"2d00:0:{number:x}::{last:x}" if version == 6 else f"11.{number >> 8}.{number & 255}.{last}"
+    # Every site in a /16, and a /48, of its own, as sites are on the internet: programs judge diversity by that.
+    return f"2d00:0:{number:x}::{last:x}" if version == 6 else f"11.{number % 128}.{number // 128}.{last}"
 
 
 def _lan(site: Site, number: int, last: int) -> str:
     """An IPv4 address in the LAN: private behind a NAT, else public like those of the core's links."""
-    if nats.nat_named(site.routers[-1].nat).translates:
+    if site.translates:
         return f"192.168.1.{last}"
-    return f"11.{128 + (number >> 8)}.{number & 255}.{last}"
+    return f"11.{128 + number % 128}.{number // 128}.{last}"
 
 
 def _lan6(number: int, depth: int, last: int) -> str:
@@ -163,6 +164,11 @@ def host_address(lab: Lab, name: str, version: int = 4) -> str | None:
 def lan_gateway(site: Site, number: int) -> str:
     """The inside address of a site's innermost router."""
     return _lan(site, number, 1)
+
+
+def lan_gateway6(site: Site, number: int) -> str:
+    """The same of its IPv6 firewall; empty if there is none."""
+    return _lan6(number, len(site.routers), 1) if site.ipv6 == "fw" else ""
 
 
 def plan_core() -> Plan:
@@ -226,7 +232,7 @@ def _router(site: Site, number: int, depth: int) -> list[Step]:
     steps.append(Sysctl(name, "bridge/bridge-nf-call-iptables", "0", optional=True))
     for index, (node, port, _) in enumerate(below, 1):
         steps += [Address(node, port, lan4[index] + "/24"), Route(node, "default", lan4[0])]
-    if not nats.nat_named(router.nat).translates:
+    if not site.translates:
         steps.append(Route(CORE, lan4[0][: -len("1")] + "0/24", site_address(number)))
     if site.ipv6 != "none":
         steps += [Address(name, "lan0", lan6[0] + "/64"), Address(name, "lan0", "fe80::1/64")]
@@ -293,10 +299,20 @@ def plan_new_address(lab: Lab, number: int, old: str, new: str) -> Plan:
         Address(name, "wan", new + "/24"),
         Route(name, "default", core_address(number)),
     ]
-    if not nats.nat_named(site.routers[-1].nat).translates:
+    if not site.translates:
         steps.append(Route(CORE, _lan(site, number, 0) + "/24", new))
     steps += [_rules(site, 0, new), Forget(name)]
     return Plan((), tuple(steps))
+
+
+def plan_between(number: int, other: int, *, cut: bool) -> Plan:
+    """Let nothing pass between two sites, or everything again; what both have with others stays as it is."""
+    table, ends = f"inet between_{min(number, other)}_{max(number, other)}", (f"s{number}", f"s{other}")
+    script = f"add table {table}\ndelete table {table}\n"
+    if cut:
+        drops = " ".join(f'iifname "{one}" oifname "{two}" drop;' for one, two in (ends, ends[::-1]))
+        script += f"table {table} {{\nchain forward {{ type filter hook forward priority filter; {drops} }}\n}}\n"
+    return Plan((), (Nft(CORE, script),))
 
 
 def wire_step(lab: Lab, number: int, up: Link | None, down: Link | None) -> Wire:

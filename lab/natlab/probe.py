@@ -19,7 +19,9 @@ import select
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -39,6 +41,8 @@ MAX_CONNECTIONS = 512
 IDLE_TIMEOUT = 900.0
 """Seconds after which a server ends an idle connection: longer than the mappings whose lifetime is measured."""
 
+LOOKS = 2
+"""Local ports of which we ask how they are seen: of 512 ports three at random are not distinct once in 170 times."""
 NEXT = 8
 """Ports by which two flows in a row may differ if each gets the next: others take some in between."""
 BLOCK = 512
@@ -175,6 +179,7 @@ def serve(
     Raises:
         LabError: it can't be there.
     """
+    _check_port(port)
     server = _Server(addresses, port, make)
     if ready:
         ready()
@@ -265,34 +270,100 @@ def probe(
     Raises:
         LabError: the server does not answer at all.
     """
-    found: dict[str, Any] = {}
+    _check_port(server[1])
     kinds = ([_Udp] if udp else []) + ([_Tcp] if tcp else [])
 
-    def measure(kind: type[_Udp | _Tcp]) -> None:
+    def measure(kind: type[_Udp | _Tcp]) -> Behaviour | Exception:
         try:
-            found[kind.__name__] = kind(server, make).measure(lifetime)
+            return kind(server, make).measure(lifetime)
         except (OSError, LabError, ValueError) as error:
-            found[kind.__name__] = error
+            return error
 
-    threads = [threading.Thread(target=measure, args=(kind,)) for kind in kinds]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors := [each for each in found.values() if isinstance(each, Exception)]:
-        if len(errors) == len(found):
-            raise LabError(f"the prober's server {server[0]} port {server[1]} does not answer: {errors[0]}")
-        found = {key: None if isinstance(value, Exception) else value for key, value in found.items()}
-    return Findings(found.get("_Udp"), found.get("_Tcp"))
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        found = dict(zip(kinds, pool.map(measure, kinds), strict=True))
+    errors = [each for each in found.values() if isinstance(each, Exception)]
+    if len(errors) == len(found):
+        raise LabError(f"the prober's server {server[0]} port {server[1]} does not answer: {errors[0]}")
+    udp_found, tcp_found = (None if isinstance(each := found.get(kind), Exception) else each for kind in (_Udp, _Tcp))
+    return Findings(udp_found, tcp_found)
 
 
-class _Prober:
+def _check_port(port: int) -> None:
+    if not 0 < port < 65535:
+        raise LabError(f"the prober's server can't have port {port}: it has this one and the next, of 1 to 65535")
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """How one local port is seen by the server's first endpoint, and by two of another address."""
+
+    hearer: socket.socket
+    local: Endpoint
+    seen: list[Endpoint]
+
+
+class _Prober(ABC):
+    """What both protocols have in common."""
+
     kind: int
 
     def __init__(self, server: Endpoint, make: MakeSocket) -> None:
         self.server, self.make = server, make
         self.family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
         self.wait = PATIENCE
+
+    def measure(self, lifetime: int) -> Behaviour:
+        with contextlib.ExitStack() as stack:
+            looks = [self.look(stack) for _ in range(LOOKS)]
+            first, mapping = looks[0], _mapping(looks)
+            found = Behaviour(
+                first.local,
+                first.seen[0],
+                mapping,
+                self.filtering(),
+                _port(looks, mapping),
+                self.hairpin(first.hearer, first.seen[0]),
+                self.unsolicited(),
+            )
+        return replace(found, lifetime=self.lifetime(lifetime)) if lifetime else found
+
+    def look(self, stack: contextlib.ExitStack) -> _Look:
+        hearer = stack.enter_context(self.hearer())
+        self.wait = ANSWER_TIMEOUT
+        start = time.monotonic()
+        answer = self.see(stack, hearer, self.server)
+        self.wait = PATIENCE + 4 * (time.monotonic() - start)
+        other = answer.other
+        if answer.mapped is None or other is None:
+            raise LabError("its answers lack what RFC 5780 asks for")
+        seen = [answer.mapped]
+        for target in ((other[0], self.server[1]), other):
+            seen.append(self.see(stack, hearer, target).mapped or answer.mapped)
+        return _Look(hearer, (self.address_towards_server(), hearer.getsockname()[1]), seen)
+
+    @abstractmethod
+    def hearer(self) -> contextlib.AbstractContextManager[socket.socket]:
+        """A local port at which others are heard."""
+
+    @abstractmethod
+    def see(self, stack: contextlib.ExitStack, hearer: socket.socket, target: Endpoint) -> Message:
+        """Ask one of the server's endpoints from the hearer's port; what that needs stays until the stack ends."""
+
+    @abstractmethod
+    def filtering(self) -> Filtering:
+        """Who is let in to a port that has been used."""
+
+    @abstractmethod
+    def hairpin(self, hearer: socket.socket, mapped: Endpoint) -> bool:
+        """Whether what is sent to our outside endpoint comes in; meaningless, and true, without a NAT."""
+
+    @abstractmethod
+    def unsolicited(self) -> str | None:
+        """What a stranger gets for writing to a port that was never used."""
+
+    @abstractmethod
+    def lifetime(self, most: int) -> int:
+        """Look at one mapping after a second, at another after two, and so on; returns the last that was alive."""
 
     @contextlib.contextmanager
     def local(self, port: int = 0) -> Iterator[socket.socket]:
@@ -314,24 +385,28 @@ class _Prober:
             return str(sock.getsockname()[0])
 
 
-def _mapping(local: Endpoint, seen: list[Endpoint]) -> Mapping:
-    """From how one local endpoint is seen by the server's first endpoint, and by two of another address."""
-    first, second, third = seen
-    if first == second == third:
-        return Mapping.NONE if first == local else Mapping.EIM
-    return Mapping.ADM if second == third else Mapping.APDM
+def _mapping(looks: list[_Look]) -> Mapping:
+    """The strictest that was seen: by chance a port may come again, and a NAT look more lenient than it is."""
+    found = []
+    for look in looks:
+        first, second, third = look.seen
+        if first == second == third:
+            found.append(Mapping.NONE if first == look.local else Mapping.EIM)
+        else:
+            found.append(Mapping.ADM if second == third else Mapping.APDM)
+    return max(found, key=list(Mapping).index)
 
 
-def _port(local: Endpoint, seen: list[Endpoint]) -> Port:
-    ports = [port for _, port in seen]
-    if ports == [local[1]] * 3:
+def _port(looks: list[_Look], mapping: Mapping) -> Port:
+    ports = [[port for _, port in look.seen] for look in looks]
+    if all(set(each) == {look.local[1]} for each, look in zip(ports, looks, strict=True)):
         return Port.KEEP
-    if len(set(ports)) < 3:
+    if mapping is not Mapping.APDM:
         return Port.CHANGE
-    if all(0 < after - before <= NEXT for before, after in pairwise(ports)):
+    if all(0 < after - before <= NEXT for each in ports for before, after in pairwise(each)):
         return Port.PLUS_ONE
-    # Three random ports are this close in one of 10 000 cases.
-    return Port.BLOCK if max(ports) - min(ports) < BLOCK else Port.RANDOM
+    every = [port for each in ports for port in each]
+    return Port.BLOCK if max(every) - min(every) < BLOCK else Port.RANDOM
 
 
 class _Udp(_Prober):
@@ -364,30 +439,11 @@ class _Udp(_Prober):
             return False
         return True
 
-    def measure(self, lifetime: int) -> Behaviour:
-        with self.local() as sock:
-            self.wait = ANSWER_TIMEOUT
-            start = time.monotonic()
-            answer = self.ask(sock, self.server, Message.request())
-            self.wait = PATIENCE + 4 * (time.monotonic() - start)
-            other = answer.other
-            if answer.mapped is None or other is None:
-                raise LabError("its answers lack what RFC 5780 asks for")
-            local = (self.address_towards_server(), sock.getsockname()[1])
-            seen = [answer.mapped]
-            for target in ((other[0], self.server[1]), other):
-                mapped = self.ask(sock, target, Message.request()).mapped
-                seen.append(mapped or answer.mapped)
-            found = Behaviour(
-                local,
-                answer.mapped,
-                _mapping(local, seen),
-                self.filtering(),
-                _port(local, seen),
-                self.hairpin(sock, answer.mapped),
-                self.unsolicited(),
-            )
-        return replace(found, lifetime=self.lifetime(lifetime)) if lifetime else found
+    def hearer(self) -> contextlib.AbstractContextManager[socket.socket]:
+        return self.local()
+
+    def see(self, stack: contextlib.ExitStack, hearer: socket.socket, target: Endpoint) -> Message:
+        return self.ask(hearer, target, Message.request())
 
     def filtering(self) -> Filtering:
         with self.local() as asker, self.local() as hearer:
@@ -402,10 +458,9 @@ class _Udp(_Prober):
                 return Filtering.ADF
         return Filtering.APDF
 
-    def hairpin(self, sock: socket.socket, mapped: Endpoint) -> bool:
-        """Whether a packet to our outside endpoint comes in; meaningless, and true, without a NAT."""
+    def hairpin(self, hearer: socket.socket, mapped: Endpoint) -> bool:
         with self.local() as inside:
-            return self.answers(inside, mapped, Message.request(), sock)
+            return self.answers(inside, mapped, Message.request(), hearer)
 
     def unsolicited(self) -> str | None:
         with contextlib.suppress(OSError, LabError), _Tcp(self.server, self.make).connected() as control:
@@ -414,7 +469,6 @@ class _Udp(_Prober):
         return None
 
     def lifetime(self, most: int) -> int:
-        """Look at one mapping after a second, at another after two, and so on; returns the last that was alive."""
         with contextlib.ExitStack() as stack:
             socks = [stack.enter_context(self.local()) for _ in range(most)]
             asker = stack.enter_context(self.local())
@@ -452,32 +506,12 @@ class _Tcp(_Prober):
             if answer.id == request.id:
                 return answer
 
-    def measure(self, lifetime: int) -> Behaviour:
-        with contextlib.ExitStack() as stack:
-            listener = stack.enter_context(self.listening())
-            port = listener.getsockname()[1]
-            start = time.monotonic()
-            first = stack.enter_context(self.connected(port))
-            self.wait = PATIENCE + 4 * (time.monotonic() - start)
-            answer = self.exchange(first, Message.request())
-            other = answer.other
-            if answer.mapped is None or other is None:
-                raise LabError("its answers lack what RFC 5780 asks for")
-            local = (self.address_towards_server(), port)
-            seen = [answer.mapped]
-            for target in ((other[0], self.server[1]), other):
-                mapped = self.exchange(stack.enter_context(self.connected(port, target)), Message.request()).mapped
-                seen.append(mapped or answer.mapped)
-            found = Behaviour(
-                local,
-                answer.mapped,
-                _mapping(local, seen),
-                self.filtering(),
-                _port(local, seen),
-                self.hairpin(listener, answer.mapped),
-                self.unsolicited(),
-            )
-        return replace(found, lifetime=self.lifetime(lifetime)) if lifetime else found
+    def hearer(self) -> contextlib.AbstractContextManager[socket.socket]:
+        return self.listening()
+
+    def see(self, stack: contextlib.ExitStack, hearer: socket.socket, target: Endpoint) -> Message:
+        sock = stack.enter_context(self.connected(hearer.getsockname()[1], target))
+        return self.exchange(sock, Message.request())
 
     def comes_in(self, control: socket.socket, listener: socket.socket, request: Message) -> bool:
         """Whether the server says that it got through, and a connection is there."""
@@ -501,13 +535,13 @@ class _Tcp(_Prober):
                 return Filtering.ADF
         return Filtering.APDF
 
-    def hairpin(self, listener: socket.socket, mapped: Endpoint) -> bool:
+    def hairpin(self, hearer: socket.socket, mapped: Endpoint) -> bool:
         with self.local() as inside:
             inside.settimeout(self.wait)
-            listener.settimeout(self.wait)
+            hearer.settimeout(self.wait)
             with contextlib.suppress(OSError):
                 inside.connect(mapped)
-                listener.accept()[0].close()
+                hearer.accept()[0].close()
                 return True
         return False
 

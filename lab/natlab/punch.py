@@ -98,10 +98,13 @@ class Trial:
     Attributes:
         seconds: from the first contact until both sides had read the other; None: they never did.
         skew: seconds by which b really began after a.
+        foreseen: whether each heard the other from where it was expected: not so behind a NAT that maps by destination,
+            unless it happens to take the same port again.
     """
 
     seconds: float | None
     skew: float
+    foreseen: bool
 
     @property
     def succeeded(self) -> bool:
@@ -114,6 +117,7 @@ class _Side:
     def __init__(self, host: Host, port: int, server: Endpoint, token: bytes) -> None:
         self.host, self.port, self.server, self.token = host, port, server, token
         self.mapped: Endpoint | None = None
+        self.heard: Endpoint | None = None
         self.began = 0.0
         self.done: float | None = None
 
@@ -183,6 +187,7 @@ class _TcpSide(_Side):
                 with contextlib.suppress(OSError):
                     if sock.recv(len(token)) == token:
                         self.done = time.monotonic()
+                        self.heard = sock.getpeername()
                         return
                 connections.remove(sock)
 
@@ -206,10 +211,9 @@ class _UdpSide(_Side):
     def run(self, moment: float, target: Endpoint, token: bytes, again: random.Random | None) -> None:
         self.wait_until(moment)
         deadline = self.began + WINDOW
-        heard: Endpoint | None = None
         while (now := time.monotonic()) < deadline:
             # What comes says from where it really comes: behind a symmetric NAT, not from where it was expected.
-            self.sock.sendto(self.token + (b"!" if heard else b"?"), heard or target)
+            self.sock.sendto(self.token + (b"!" if self.heard else b"?"), self.heard or target)
             next_time = now + RESEND
             while (left := next_time - time.monotonic()) > 0:
                 self.sock.settimeout(left)
@@ -219,9 +223,9 @@ class _UdpSide(_Side):
                     continue
                 if data[:-1] != token:
                     continue
-                heard = origin
+                self.heard = origin
                 if data.endswith(b"!"):  # the other has read us
-                    self.sock.sendto(self.token + b"!", heard)
+                    self.sock.sendto(self.token + b"!", origin)
                     self.done = time.monotonic()
                     return
 
@@ -261,4 +265,4 @@ def punch(
             other.join()
     first = min(one.began, two.began)
     both = None if one.done is None or two.done is None else max(one.done, two.done) - first
-    return Trial(both, two.began - one.began)
+    return Trial(both, two.began - one.began, (one.heard, two.heard) == (two.mapped, one.mapped))

@@ -5,8 +5,9 @@ Fixtures:
     nat_type: every NAT type in turn, or those of ``@pytest.mark.nat_types(...)``.
     nat_pair: two homes and a public host between them, for every pair of ``@pytest.mark.nat_types(...)``.
 
-When a test fails, what its programs wrote and a capture of the core are kept, and the report names the files. Where the
-system can't hold a lab the test is skipped with the reason, or fails if ``--natlab-required`` is given.
+When a test fails, or is not even set up, what its programs wrote and a capture of the core are kept, and the report
+shows the network and names the files. Where the system can't hold a lab the test is skipped with the reason, or fails
+if ``--natlab-required`` is given.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import Any
 
 import pytest
 
-from .errors import Unsupported
+from .errors import TopologyError, Unsupported
 from .nat import TYPES, chain_of
+from .picture import picture
 from .running import Host, RunningLab
-from .topology import Lab, Link, lab_from_text
+from .topology import Lab, lab_from_text
 
 PAIR_TYPES = ("fc", "pr", "sym")
 """What `nat_pair` pairs unless told otherwise: one of each group that behaves differently."""
@@ -81,14 +82,21 @@ def _topology(request: pytest.FixtureRequest) -> Lab:
     marker = request.node.get_closest_marker("natlab")
     if marker is None:
         return Lab()
-    if marker.args and isinstance(marker.args[0], Lab):
+    if len(marker.args) == 1 and isinstance(marker.args[0], Lab) and not marker.kwargs:
         return marker.args[0]
-    lab = lab_from_text(list(marker.args))
-    return Lab(lab.sites, Link.of(delay=marker.kwargs.get("wan", 0.0)), marker.kwargs.get("seed", 0))
+    if unknown := sorted(set(marker.kwargs) - {"wan", "seed"}):
+        raise TopologyError(f"the marker natlab has no {unknown[0]!r}: it takes sites, wan and seed")
+    options = [f"{key}={value}" for key, value in marker.kwargs.items()]
+    if not all(isinstance(each, str) for each in marker.args):
+        raise TopologyError("the marker natlab takes one Lab, which says all, or sites as text")
+    return lab_from_text([*marker.args, *options])
+
+
+_KEPT = pytest.StashKey[tuple[RunningLab, pytest.TempPathFactory]]()
 
 
 @pytest.fixture
-def lab(request: pytest.FixtureRequest) -> Iterator[RunningLab]:
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningLab]:
     """A lab of the test's own; see the marker ``natlab``."""
     try:
         running = RunningLab(_topology(request))
@@ -99,7 +107,9 @@ def lab(request: pytest.FixtureRequest) -> Iterator[RunningLab]:
     with running:
         if request.config.getini("natlab_capture"):
             running.capture()
+        request.node.stash[_KEPT] = running, tmp_path_factory
         yield running
+        del request.node.stash[_KEPT]
 
 
 @pytest.fixture
@@ -115,9 +125,8 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    running: Any = getattr(item, "funcargs", {}).get("lab")
-    if call.when == "call" and report.failed and isinstance(running, RunningLab):
-        factory: pytest.TempPathFactory = item.config._tmp_path_factory  # type: ignore[attr-defined]
-        files = running.save(factory.mktemp(re.sub(r"\W+", "-", item.name)[:40]))
-        report.sections.append(("natlab", "\n".join(map(str, files)) or "no program wrote anything"))
+    if report.failed and _KEPT in item.stash:
+        running, directories = item.stash[_KEPT]
+        files = running.save(directories.mktemp(re.sub(r"\W+", "-", item.name)[:40]))
+        report.sections.append(("natlab", "\n".join([*picture(running.topology), *map(str, files)])))
     return report

@@ -1,13 +1,17 @@
-"""The prober's server in a lab."""
+"""The prober's server in a lab, and what it finds of the lab's own NAT types."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from ._stun import DEFAULT_PORT, Endpoint
+from .nat import TYPES
+from .probe import Findings, probe
 from .running import RunningLab
-from .topology import public
+from .topology import Lab, home, public
 
 NAME = "reflector"
 
@@ -26,3 +30,20 @@ def add_reflector(lab: RunningLab) -> Endpoint:
         server = host.spawn([sys.executable, "-m", "natlab", "probe", "--serve", *addresses], env={"PYTHONPATH": paths})
         server.expect("^serving")
     return lab[NAME].address, DEFAULT_PORT
+
+
+def probe_types(names: Sequence[str] = TYPES) -> dict[str, Findings]:
+    """What the prober finds of a home of each type, all in one lab and at once.
+
+    Who is not as promised is probed again alone: for so many at once a machine may be too busy, and silence is measured
+    by the clock.
+    """
+    sites = [home(f"h{index}", name) for index, name in enumerate(names)]
+    with RunningLab(Lab(tuple(sites))) as lab, ThreadPoolExecutor(len(names)) as pool:
+        server = add_reflector(lab)
+        makers = [lab[site.name].socket for site in sites]
+        found = list(pool.map(lambda make: probe(server, make), makers))
+        for index, name in enumerate(names):
+            if found[index].differences(name):
+                found[index] = probe(server, makers[index])
+    return dict(zip(names, found, strict=True))

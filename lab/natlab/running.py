@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import secrets
-import select
 import shlex
 import shutil
 import signal
@@ -23,25 +22,22 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from . import _channel, _kernel, _remote, _zygote, plan
+from . import _channel, _fresh, _remote, _zygote, plan
 from .errors import CommandFailed, LabError, TopologyError, Unsupported
+from .processes import COMMAND_TIMEOUT, END_TIMEOUT, Call, Completed, Log, Process
 from .topology import Lab, Link, Site, home, lab_as_json, lab_from_json, public
 
 T = TypeVar("T")
 
 ANSWER_TIMEOUT = 60.0
 """Seconds for one change of a lab: a large one takes 2 on a busy machine."""
-COMMAND_TIMEOUT = 60.0
-"""Seconds for a program in a host unless told otherwise: no test should wait longer for a stuck one."""
-END_TIMEOUT = 10.0
-"""Seconds for the lab to be gone; the kernel kills what is left at once."""
-TAIL = 800
-"""Characters of output that an error cites."""
+MAX_ENDED = 50
+"""Processes that have ended and whose output is still a file, so that children that outlive them may go on writing."""
 INSIDE = "NATLAB_HOST"
 """Environment variable of everything in a host: its name."""
 
@@ -79,176 +75,14 @@ def _check_system() -> str:
     if sys.platform != "linux":
         raise Unsupported(f"natlab needs Linux, not {sys.platform}")
     if inside := os.environ.get(INSIDE):
-        raise LabError(f"this process runs in host {inside} of a lab, and a lab can't hold another: start it outside")
+        raise LabError(
+            f"this process runs in host {inside} of a lab, and a lab can't hold another: start it outside, and in a "
+            "script below `if __name__ == '__main__':`, since functions import the script into their host"
+        )
     release = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
     if release < (5, 10):
         raise Unsupported(f"natlab needs Linux 5.10 or newer, not {os.uname().release}")
     return find_nft()
-
-
-class Process:
-    """Something that runs in a host. Its output is kept by the lab, whoever reads it or not.
-
-    Attributes:
-        host, name: where, and what it is called in logs.
-        pid: process id, as outside of the lab; also of its group.
-        stdin: to write to, if it was asked for.
-    """
-
-    def __init__(self, host: Host, name: str) -> None:
-        self.host, self.name = host, name
-        self.pid = 0
-        self.stdin: Any = None
-        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - closed with the lab
-        self._report, self._reporting = os.pipe2(os.O_CLOEXEC)
-        self._status: int | None = None
-        self._lock = threading.Lock()
-
-    def _close(self) -> None:
-        self._out.close()
-        self._err.close()
-        if self.stdin:
-            with contextlib.suppress(OSError):
-                self.stdin.close()
-        with self._lock:
-            self._stop_waiting()
-
-    def _stop_waiting(self) -> None:
-        for name in ("_report", "_reporting"):
-            fd: int = getattr(self, name)
-            if fd >= 0:
-                os.close(fd)
-                setattr(self, name, -1)
-
-    def _started(self, pid: int) -> None:
-        self.pid = pid
-        os.close(self._reporting)
-        self._reporting = -1
-
-    @property
-    def status(self) -> int | None:
-        """Exit status; negative: the signal that ended it; None: it runs."""
-        with self._lock:
-            if self._status is None and self._report >= 0 and select.select([self._report], [], [], 0)[0]:
-                said = os.read(self._report, 32)
-                self._status = int(said) if said else -signal.SIGKILL  # nobody was left to tell
-                self._stop_waiting()
-            return self._status
-
-    @property
-    def stdout(self) -> str:
-        """Everything it wrote so far."""
-        return _content(self._out).decode(errors="replace")
-
-    @property
-    def stderr(self) -> str:
-        return _content(self._err).decode(errors="replace")
-
-    def wait(self, timeout: float | None = COMMAND_TIMEOUT) -> int:
-        """Wait for its end; returns the exit status.
-
-        Raises:
-            LabError: it runs longer.
-        """
-        poll = select.poll()
-        if (report := self._report) >= 0:
-            poll.register(report, select.POLLIN)
-            poll.poll(None if timeout is None else timeout * 1000)
-        status = self.status
-        if status is None:
-            raise LabError(f"{self} did not end within {timeout:g} s{self._tail()}")
-        return status
-
-    def expect(self, pattern: str, timeout: float = COMMAND_TIMEOUT) -> re.Match[str]:
-        """Wait until it has written something that matches a regular expression, to stdout or stderr.
-
-        Raises:
-            LabError: it did not within so many seconds, or ended before.
-        """
-        deadline = time.monotonic() + timeout
-        wanted = re.compile(pattern, re.MULTILINE)
-        with contextlib.ExitStack() as stack:
-            poll = select.poll()
-            for file in (self._out, self._err):
-                watch = _kernel.inotify(f"/proc/self/fd/{file.fileno()}")
-                stack.callback(os.close, watch)
-                poll.register(watch, select.POLLIN)
-            if (report := self._report) >= 0:
-                poll.register(report, select.POLLIN)
-            while True:
-                status = self.status
-                for text in (self.stdout, self.stderr):
-                    if match := wanted.search(text):
-                        return match
-                left = deadline - time.monotonic()
-                if status is not None:
-                    raise LabError(f"{self} ended with status {status} and never wrote {pattern!r}{self._tail()}")
-                if left <= 0:
-                    raise LabError(f"{self} did not write {pattern!r} within {timeout:g} s{self._tail()}")
-                for fd, _ in poll.poll(left * 1000):
-                    if fd != report:
-                        os.read(fd, 65536)
-
-    def signal(self, number: int) -> None:
-        """Send a signal to it and its children; nothing happens if it has ended."""
-        if self.status is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
-
-    def terminate(self) -> None:
-        """Ask it to end (SIGTERM)."""
-        self.signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """End it and its children, and wait for that."""
-        self.signal(signal.SIGKILL)
-        self.wait(END_TIMEOUT)
-
-    def _tail(self) -> str:
-        said = (self.stdout + self.stderr).strip()
-        return f"; it wrote: …{said[-TAIL:]}" if len(said) > TAIL else f"; it wrote: {said}" if said else ""
-
-    def __str__(self) -> str:
-        return f"{self.name} in {self.host.name}"
-
-
-class Call(Process):
-    """A function that runs in a host."""
-
-    def __init__(self, host: Host, name: str) -> None:
-        super().__init__(host, name)
-        self._outcome = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the lab
-
-    def result(self, timeout: float | None = COMMAND_TIMEOUT) -> Any:
-        """Wait for what it returns.
-
-        Raises:
-            LabError: it took longer, or its process was killed.
-            BaseException: what it raised itself.
-        """
-        status = self.wait(timeout)
-        data = _content(self._outcome)
-        if status or not data:
-            raise LabError(f"{self} came to no result, its process ended with status {status}{self._tail()}")
-        return _remote.unpack(data)
-
-    def _close(self) -> None:
-        super()._close()
-        self._outcome.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """A program that has run."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-
-def _content(file: Any) -> bytes:
-    fd = file.fileno()
-    return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
 class Host:
@@ -257,7 +91,7 @@ class Host:
     Attributes:
         name: as in the topology.
         address, address6: of its interface; None where it has none.
-        public_address: what the outside sees of it, as long as nobody changes it.
+        public_address: what the outside sees of it now: its own address, unless a router translates it.
     """
 
     def __init__(self, lab: RunningLab, name: str, address: str, address6: str | None, number: int) -> None:
@@ -265,14 +99,15 @@ class Host:
 
     @property
     def public_address(self) -> str:
-        return self._lab._wan[self._number]
+        site = self._lab.topology.sites[self._number - 1]
+        return self._lab._wan[self._number] if site.translates else self.address
 
     def run(
         self,
         command: str | Sequence[str],
         *,
         input: str | None = None,
-        timeout: float = COMMAND_TIMEOUT,
+        timeout: float | None = COMMAND_TIMEOUT,
         check: bool = True,
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] = ".",
@@ -323,11 +158,12 @@ class Host:
         with self._standard(process, stdin) as fds:
             answer, _ = self._lab._ask("spawn", request, [*fds, process._reporting])
         process._started(answer["pid"])
+        self._lab._keep(process)
         return process
 
     @contextlib.contextmanager
     def _standard(self, process: Process, stdin: bool = False) -> Any:
-        """What a new process gets as standard input, output and error; the lab keeps it, or closes it on failure."""
+        """What a new process gets as standard input, output and error; if it does not come to be, all is closed."""
         if stdin:
             theirs, ours = os.pipe2(os.O_CLOEXEC)
             process.stdin = os.fdopen(ours, "wb", buffering=0)
@@ -340,7 +176,6 @@ class Host:
             raise
         finally:
             os.close(theirs)
-        self._lab._processes.append(process)
 
     def _env(self, more: Mapping[str, str] | None) -> dict[str, str]:
         return {**os.environ, **(more or {}), INSIDE: self.name}
@@ -357,7 +192,7 @@ class Host:
             LabError: it can't be sent, takes longer than ``timeout`` seconds (then it is killed), or dies.
             BaseException: what it raises.
         """
-        call = self.spawn_python(function, *args, **keywords)
+        call = self._start(False, function, args, keywords)
         try:
             value: T = call.result(timeout)
             return value
@@ -370,12 +205,19 @@ class Host:
     def spawn_python(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> Call:
         """Start a function in the host; see `python`, and `Call.result` for what comes of it.
 
+        What is written to `Call.stdin` is for the function to read; what it prints is for `Call.expect`.
+
         Raises:
             LabError: it can't be sent.
         """
+        return self._start(True, function, args, keywords)
+
+    def _start(
+        self, stdin: bool, function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Call:
         data = _remote.pack(function, args, keywords, {INSIDE: self.name})
         call = Call(self, getattr(function, "__name__", "function"))
-        with tempfile.TemporaryFile() as file, self._standard(call) as standard:
+        with tempfile.TemporaryFile() as file, self._standard(call, stdin) as standard:
             file.write(data)
             file.flush()
             net = self._lab._namespace(self.name)
@@ -385,6 +227,7 @@ class Host:
             finally:
                 os.close(net)
         call._started(pid)
+        self._lab._keep(call)
         return call
 
     def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
@@ -424,14 +267,14 @@ class Router(Host):
     """A site's router. What a host can, it can too."""
 
     def __init__(self, lab: RunningLab, name: str, number: int, depth: int) -> None:
-        super().__init__(lab, name, plan.router_address(number, depth), None, number)
+        super().__init__(lab, name, plan.router_address(number, depth) if depth else lab._wan[number], None, number)
         self._depth = depth
 
     def _start_services(self, site: Site) -> None:
         if services := site.routers[self._depth].services:
             program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "services.py")
-            gateway = plan.lan_gateway(site, self._number)
-            command = [sys.executable, "-I", "-S", program, gateway, ",".join(services), find_nft()]
+            gateway, gateway6 = plan.lan_gateway(site, self._number), plan.lan_gateway6(site, self._number)
+            command = [sys.executable, "-I", "-S", program, gateway, ",".join(services), find_nft(), gateway6]
             self.spawn(command).expect("^serving")
 
     def _restart(self, what: plan.Plan) -> None:
@@ -455,9 +298,10 @@ class Router(Host):
             raise LabError(f"{self.name} has no public address: change that of the carrier's router")
         lab, old = self._lab, self.public_address
         prefix, _, last = old.rpartition(".")
-        new = f"{prefix}.{int(last) % 250 + 1 if int(last) < 250 else 2}"
+        new = f"{prefix}.{int(last) + 1 if int(last) < 250 else 2}"
         self._restart(plan.plan_new_address(lab.topology, self._number, old, new))
         lab._wan[self._number] = self.address = new
+        lab._note()
         return new
 
 
@@ -470,17 +314,17 @@ class Line:
 
     def __init__(self, lab: RunningLab, number: int, link: Link) -> None:
         self._lab, self._number = lab, number
-        self._good = link
+        self._whole = {"up": link, "down": link}
         self.up: Link | None = link
         self.down: Link | None = link
 
     def cut(self, direction: str = "both") -> None:
         """Let nothing pass, also not what is under way: "up", "down" or "both"."""
-        self._set(direction, None)
+        self._be(dict.fromkeys(self._ways(direction)))
 
     def heal(self) -> None:
         """Be as before the cut."""
-        self._set("both", self._good)
+        self._be(self._whole)
 
     def set(
         self,
@@ -491,24 +335,36 @@ class Line:
         loss: float | str | None = None,
         rate: float | str | None = None,
     ) -> None:
-        """Change what is named, for packets from now on; the rest stays. See `Link.of` for units."""
+        """Change what is named, for packets from now on; the rest stays, and a cut is healed. Units as in `Link.of`."""
         wanted = {"delay": delay, "jitter": jitter, "loss": loss, "rate": rate}
-        named = {key: value for key, value in wanted.items() if value is not None}
-        new = Link.of(**named)
-        changes = {key: getattr(new, key) for key in named}
-        old = (self.down if direction == "down" else self.up) or self._good
-        self._set(direction, replace(old, **changes))
+        self._be({way: self._whole[way].changed(wanted) for way in self._ways(direction)})
 
-    def _set(self, direction: str, link: Link | None) -> None:
+    def _ways(self, direction: str) -> tuple[str, ...]:
         if direction not in ("up", "down", "both"):
             raise LabError(f"a link has no direction {direction!r}: it can be up, down or both")
-        up = self.up if direction == "down" else link
-        down = self.down if direction == "up" else link
+        return ("up", "down") if direction == "both" else (direction,)
+
+    def _be(self, changes: Mapping[str, Link | None]) -> None:
+        now = {"up": self.up, "down": self.down, **changes}
         lab = self._lab
-        lab._build(plan.Plan((), (plan.wire_step(lab.topology, self._number, up, down),)))
-        self.up, self.down = up, down
-        if link is not None and direction == "both":
-            self._good = link
+        lab._build(plan.Plan((), (plan.wire_step(lab.topology, self._number, now["up"], now["down"]),)))
+        self.up, self.down = now["up"], now["down"]
+        self._whole |= {way: link for way, link in changes.items() if link is not None}
+
+
+class Between:
+    """The way between two sites. Each reaches everybody else whatever happens to it."""
+
+    def __init__(self, lab: RunningLab, number: int, other: int) -> None:
+        self._lab, self._number, self._other = lab, number, other
+
+    def cut(self) -> None:
+        """Let nothing pass between the two, in silence."""
+        self._lab._build(plan.plan_between(self._number, self._other, cut=True))
+
+    def heal(self) -> None:
+        """Be as before the cut."""
+        self._lab._build(plan.plan_between(self._number, self._other, cut=False))
 
 
 def _abstract(id: str) -> str:
@@ -547,13 +403,8 @@ class RunningLab:
             f"from natlab._helper import main; main({theirs.fileno()}, {nft!r})"
         )
         with theirs:
-            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", code],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL if quiet else None,
-                start_new_session=True,  # a Ctrl-C in the terminal is for the test, which then ends the lab
+            self._process: subprocess.Popen[bytes] | None = _fresh.start(
+                "natlab", code, theirs.fileno(), "-I", "-S", stderr=subprocess.DEVNULL if quiet else None
             )
         self._begin(ours)
         try:
@@ -599,9 +450,10 @@ class RunningLab:
             except _channel.Closed as error:
                 raise LabError(f"the lab {id!r} has just ended: {error}") from None
             self.pid = answer["pid"]
-            self.topology = lab_from_json(answer["note"])
+            self.topology = lab_from_json(answer["note"]["topology"])
             for number, site in enumerate(self.topology.sites, 1):
-                self._register(self.topology, number, site)
+                self._register(self.topology, number, site, answer["note"]["wan"][number - 1])
+            self._is_detached = True
         except BaseException:
             self.close()
             raise
@@ -609,11 +461,13 @@ class RunningLab:
 
     def detach(self) -> str:
         """Leave the lab running when this process ends; returns a name for `attach`, which this user alone may use."""
-        id = secrets.token_hex(2)
+        id = secrets.token_hex(3)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(_abstract(id))  # no file: the name is gone with the lab
             listener.listen()
-            self._ask("detach", {"note": lab_as_json(self.topology)}, [listener.fileno()])
+            self._is_detached = True
+            self._note()
+            self._ask("detach", {}, [listener.fileno()])
         if self._process:
             self._process.returncode = 0  # it goes on without us: there is nothing to wait for, nor to warn of
             self._process = None
@@ -636,8 +490,10 @@ class RunningLab:
         self._routers: dict[str, Router] = {}
         self._lines: dict[str, Line] = {}
         self._wan: dict[int, str] = {}
+        self._is_detached = False
         self._processes: list[Process] = []
-        self._captures: dict[str, Any] = {}
+        self._open: list[Process] = []
+        self._captures: dict[str, Log] = {}
 
     def add(self, site: Site) -> tuple[Host, ...]:
         """Add a site; returns its hosts.
@@ -669,12 +525,20 @@ class RunningLab:
             )
         self.topology = topology
         for number, site in enumerate(topology.sites[first - 1 :], first):
-            self._register(topology, number, site)
+            self._register(topology, number, site, plan.site_address(number))
+        self._note()
+        for site in topology.sites[first - 1 :]:
             for depth in range(len(site.routers)):
                 self._routers[site.router_name(depth)]._start_services(site)
 
-    def _register(self, topology: Lab, number: int, site: Site) -> None:
-        self._wan[number] = plan.site_address(number)
+    def _note(self) -> None:
+        """Leave word of what there is for whoever attaches next."""
+        if self._is_detached:
+            wan = [self._wan[number] for number in range(1, len(self.topology.sites) + 1)]
+            self._ask("note", {"note": {"topology": lab_as_json(self.topology), "wan": wan}})
+
+    def _register(self, topology: Lab, number: int, site: Site, wan: str) -> None:
+        self._wan[number] = wan
         for name in site.hosts:
             address = plan.host_address(topology, name)
             assert address is not None
@@ -709,6 +573,13 @@ class RunningLab:
         except KeyError:
             raise TopologyError(f"there is no site {site!r}; there are: {', '.join(self._lines)}") from None
 
+    def between(self, site: str, other: str) -> Between:
+        """The way between two sites."""
+        numbers = self.link(site)._number, self.link(other)._number
+        if site == other:
+            raise TopologyError(f"what {site} has with itself does not pass the core: name two sites")
+        return Between(self, *numbers)
+
     def stats(self) -> dict[str, Any]:
         """What the links that do something carried: ``{"1up": {"frames": 3, "lost": 0}, …}`` by the site's number and
         direction; ``overrun``, frames that came faster than they could be read since last time (0, or a measurement
@@ -719,20 +590,20 @@ class RunningLab:
         """Record what passes in a namespace from now on, see `save`. "core" sees every site's line."""
         if name in self._captures:
             return
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the lab
-        self._ask("capture", {"name": name}, [file.fileno()])
-        self._captures[name] = file
+        log = Log()
+        self._ask("capture", {"name": name}, [log.fileno()])
+        self._captures[name] = log
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Write logs and captures into a directory, which is made if need be: ``alice-0-curl.stdout.log``,
         ``core.pcapng``. Returns the files."""
-        files: dict[str, Any] = {f"{name.replace('/', '-')}.pcapng": file for name, file in self._captures.items()}
+        logs = {f"{name.replace('/', '-')}.pcapng": log for name, log in self._captures.items()}
         for number, process in enumerate(self._processes):
             start = f"{process.host.name.replace('/', '-')}-{number}-{process.name}"
-            files[f"{start}.stdout.log"], files[f"{start}.stderr.log"] = process._out, process._err
+            logs[f"{start}.stdout.log"], logs[f"{start}.stderr.log"] = process._out, process._err
         written = []
-        for name, file in files.items():
-            if content := _content(file):
+        for name, log in logs.items():
+            if content := log.content():
                 path = Path(directory, re.sub(r"[^\w.-]", "_", name))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
@@ -747,6 +618,16 @@ class RunningLab:
     def _namespace(self, name: str) -> int:
         return self._ask("namespace", {"name": name})[1][0]
 
+    def _keep(self, process: Process) -> None:
+        """Remember it. A test process may have but 1024 file descriptors: what ended long ago gives up its own."""
+        with self._lock:
+            self._processes.append(process)
+            self._open.append(process)
+            ended = [each for each in self._open if each.status is not None]
+            for each in ended[:-MAX_ENDED]:
+                each._settle()
+                self._open.remove(each)
+
     def _build(self, what: plan.Plan) -> None:
         self._ask("build", what.as_json())
 
@@ -758,14 +639,22 @@ class RunningLab:
                 _channel.send(self._socket, {**request, "do": what}, fds)
                 answer, got = _channel.receive(self._socket)
             except _channel.Closed as error:
-                self.close()
+                self._end()  # what was written can still be saved
                 raise LabError(f"the lab's process is gone: {error}") from None
         if "error" in answer:
-            raise LabError(answer["error"])
+            raise (Unsupported if answer.get("unsupported") else LabError)(answer["error"])
         return answer, got
 
     def close(self) -> None:
         """End the lab with everything in it. Sockets of `Host.socket` stay open until you close them."""
+        self._end()
+        self._open.clear()
+        while self._processes:
+            self._processes.pop()._close()
+        while self._captures:
+            self._captures.popitem()[1].close()
+
+    def _end(self) -> None:
         with self._lock:
             if self._socket:
                 self._socket.close()
@@ -779,10 +668,6 @@ class RunningLab:
             except subprocess.TimeoutExpired:  # pragma: no cover - only if the machine is stuck
                 self._process.kill()
                 self._process.wait()
-        for process in self._processes:
-            process._close()
-        for file in self._captures.values():
-            file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,17 +1,18 @@
 """Port-mapping services of a home router: UPnP IGD, NAT-PMP (RFC 6886) and PCP (RFC 6887).
 
 One small program in the router's namespace answers all three that are switched on, and writes what it grants into the
-ruleset's ``map portmap``, whose elements expire by themselves. What a client may ask of a real router it may ask here;
-what the specifications leave to an operator is decided simply: a port that somebody else has is refused (UPnP) or
-replaced by another (NAT-PMP, PCP), and clients map for themselves only.
+ruleset's ``map portmap``, whose elements expire by themselves. Where an IPv6 firewall is beside it, PCP opens that,
+too: an address that is not translated is "mapped" to itself, and stands in ``set pinholes``. What a client may ask of
+a real router it may ask here; what the specifications leave to an operator is decided simply: a port that somebody
+else has is refused (UPnP) or replaced by another (NAT-PMP, PCP), and clients map for themselves only.
 
 The messages are read and written by pure functions, `Pmp` and `Upnp` decide, `serve` is the program.
 """
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
-import json
 import re
 import select
 import socket
@@ -54,11 +55,20 @@ class Mapping:
 
 @dataclass(slots=True)
 class Table:
-    """What was granted. ``grant`` and ``revoke`` are told, so that the kernel does it, too."""
+    """What was granted. ``grant`` and ``revoke`` are told, so that the kernel does it, too.
+
+    Attributes:
+        firewall: whether addresses are not translated: then each host has all ports of its own.
+        mappings: by protocol and outside port; of a firewall by the inside address and port as well.
+    """
 
     grant: Callable[[Mapping, int], None]
     revoke: Callable[[Mapping], None]
-    mappings: dict[tuple[str, int], Mapping] = field(default_factory=dict)
+    firewall: bool = False
+    mappings: dict[tuple[str, int, str], Mapping] = field(default_factory=dict)
+
+    def key(self, protocol: str, outside: int, host: str = "") -> tuple[str, int, str]:
+        return protocol, outside, host if self.firewall else ""
 
     def expire(self, now: float) -> None:
         for key in [key for key, each in self.mappings.items() if each.expires <= now]:
@@ -72,7 +82,7 @@ class Table:
 
     def add(self, mapping: Mapping, lifetime: int) -> bool:
         """Have this mapping; False: there is no room."""
-        key = (mapping.protocol, mapping.outside)
+        key = self.key(mapping.protocol, mapping.outside, mapping.host)
         if old := self.mappings.get(key):
             self.revoke(old)
         elif len(self.mappings) >= MAX_MAPPINGS:
@@ -82,12 +92,12 @@ class Table:
         return True
 
     def remove(self, mapping: Mapping) -> None:
-        self.revoke(self.mappings.pop((mapping.protocol, mapping.outside)))
+        self.revoke(self.mappings.pop(self.key(mapping.protocol, mapping.outside, mapping.host)))
 
     def free_port(self, protocol: str, wanted: int) -> int:
         """The wanted outside port, or the next that nobody has."""
         port = wanted
-        while (protocol, port) in self.mappings:
+        while not self.firewall and self.key(protocol, port) in self.mappings:
             port = port + 1 if port < 65535 else 1024
         return port
 
@@ -101,12 +111,17 @@ class Pmp:
     started: float
     natpmp: bool = True
     pcp: bool = True
+    seen_outside: str = ""
 
     def answer(self, data: bytes, client: str, now: float) -> bytes | None:
         """The answer to a datagram; None: it gets none."""
         self.table.expire(now)
         if len(data) < 2 or data[1] & 0x80:
             return None
+        outside = self.outside()
+        if self.seen_outside not in ("", outside):
+            self.started = now  # clients learn of another address by the epoch (RFC 6886 section 3.6, RFC 6887 8.5)
+        self.seen_outside = outside
         if data[0] == 0 and self.natpmp:
             return self._natpmp(data, client, now)
         if data[0] == 2 and self.pcp:
@@ -136,7 +151,10 @@ class Pmp:
                 if each.protocol == protocol and each.host == client and inside in (0, each.inside):
                     self.table.remove(each)
             return 0, 0, 0
-        outside = old.outside if old else self.table.free_port(protocol, wanted or inside)
+        if old or self.table.firewall:
+            outside = old.outside if old else inside
+        else:
+            outside = self.table.free_port(protocol, wanted or inside)
         lifetime = min(lifetime, MAX_LIFETIME)
         made = self.table.add(Mapping(protocol, outside, client, inside, now + lifetime, nonce), lifetime)
         return (0, outside, lifetime) if made else (4, 0, 0)
@@ -150,8 +168,8 @@ class Pmp:
         if len(data) < 24 or len(data) > 1100 or len(data) % 4:
             return reply(3, 0)  # malformed request
         lifetime, address = struct.unpack_from("!I16s", data, 4)
-        claimed = ipaddress.IPv6Address(address).ipv4_mapped
-        if str(claimed) != client:
+        claimed = ipaddress.IPv6Address(address)
+        if str(claimed.ipv4_mapped or claimed) != client:
             return reply(12, 0)  # the address in the packet is not whence it came: a NAT is between us
         if code == 0:
             return reply(0, lifetime)  # ANNOUNCE
@@ -171,7 +189,7 @@ class Pmp:
         result, outside, granted = self._map(protocol, client, inside, wanted, lifetime, now, nonce)
         if result:
             return reply(8, 0)  # no resources
-        mapped = ipaddress.IPv6Address(f"::ffff:{self.outside()}").packed
+        mapped = claimed.packed if self.table.firewall else ipaddress.IPv6Address(f"::ffff:{self.outside()}").packed
         body = struct.pack("!12sB3xHH16s", nonce, number, inside, outside, mapped)
         return reply(0, granted, body)
 
@@ -255,6 +273,47 @@ def description() -> str:
     )
 
 
+_KEY = ("NewRemoteHost", "NewExternalPort", "NewProtocol")
+_VALUE = ("NewInternalPort", "NewInternalClient", "NewEnabled", "NewPortMappingDescription", "NewLeaseDuration")
+_ACTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "GetExternalIPAddress": ((), ("NewExternalIPAddress",)),
+    "GetStatusInfo": ((), ("NewConnectionStatus", "NewLastConnectionError", "NewUptime")),
+    "AddPortMapping": (_KEY + _VALUE, ()),
+    "DeletePortMapping": (_KEY, ()),
+    "GetSpecificPortMappingEntry": (_KEY, _VALUE),
+    "GetGenericPortMappingEntry": (("NewPortMappingIndex",), _KEY + _VALUE),
+}
+"""What each action takes and returns."""
+
+
+def service_description() -> str:
+    """What the service can do, which some clients read before they ask."""
+    actions = "".join(
+        f"<action><name>{action}</name><argumentList>"
+        + "".join(
+            f"<argument><name>{name}</name><direction>{way}</direction>"
+            f"<relatedStateVariable>{name.removeprefix('New')}</relatedStateVariable></argument>"
+            for way, names in zip(("in", "out"), arguments, strict=True)
+            for name in names
+        )
+        + "</argumentList></action>"
+        for action, arguments in _ACTIONS.items()
+    )
+    numbers = {"ExternalPort": "ui2", "InternalPort": "ui2", "PortMappingIndex": "ui2", "Enabled": "boolean"}
+    numbers |= {"LeaseDuration": "ui4", "Uptime": "ui4"}
+    names = dict.fromkeys(name.removeprefix("New") for each in _ACTIONS.values() for names in each for name in names)
+    variables = "".join(
+        f'<stateVariable sendEvents="no"><name>{name}</name><dataType>{numbers.get(name, "string")}</dataType>'
+        "</stateVariable>"
+        for name in names
+    )
+    return (
+        '<?xml version="1.0"?><scpd xmlns="urn:schemas-upnp-org:service-1-0"><specVersion><major>1</major>'
+        f"<minor>0</minor></specVersion><actionList>{actions}</actionList>"
+        f"<serviceStateTable>{variables}</serviceStateTable></scpd>"
+    )
+
+
 @dataclass(slots=True)
 class Upnp:
     """WANIPConnection:1, as far as clients use it."""
@@ -270,7 +329,7 @@ class Upnp:
         if line.startswith("GET /root.xml "):
             return _http("200 OK", description())
         if line.startswith("GET /scpd.xml "):
-            return _http("200 OK", '<?xml version="1.0"?><scpd xmlns="urn:schemas-upnp-org:service-1-0"/>')
+            return _http("200 OK", service_description())
         if not line.startswith("POST /control "):
             return _http("404 Not Found", "")
         action = next((h.rpartition("#")[2].strip('" ') for h in headers if h.lower().startswith("soapaction:")), "")
@@ -328,7 +387,7 @@ class Upnp:
             raise _Fault(402)
         if host != client:
             raise _Fault(606)
-        old = self.table.mappings.get((protocol, outside))
+        old = self.table.mappings.get(self.table.key(protocol, outside))
         if old and old.host != client:
             raise _Fault(718)
         lifetime = min(_number(given, "NewLeaseDuration", 1 << 32) or MAX_LIFETIME, MAX_LIFETIME)
@@ -339,9 +398,9 @@ class Upnp:
 
     def _entry(self, given: dict[str, str]) -> Mapping:
         key = given.get("NewProtocol", "").lower(), _number(given, "NewExternalPort")
-        if key not in self.table.mappings:
+        if self.table.key(*key) not in self.table.mappings:
             raise _Fault(714)
-        return self.table.mappings[key]
+        return self.table.mappings[self.table.key(*key)]
 
     def _describe(self, mapping: Mapping, now: float) -> dict[str, object]:
         return {
@@ -373,27 +432,38 @@ def _soap(inner: str) -> str:
     )
 
 
-def serve(lan: str, services: Sequence[str], nft: str) -> None:
-    """Be a router's services on the LAN of this address, for ever."""
+def serve(lan: str, services: Sequence[str], nft: str, lan6: str = "") -> None:
+    """Be a router's services on the LAN of these addresses, for ever; without an IPv6 one there is no firewall."""
 
-    def run(verb: str, element: str) -> None:
-        subprocess.run([nft, verb, "element", "ip", "nat", "portmap", f"{{ {element} }}"], check=False)
+    def run(verb: str, where: str, element: str) -> None:
+        subprocess.run([nft, verb, "element", *where.split(), f"{{ {element} }}"], check=False)
 
     def grant(mapping: Mapping, lifetime: int) -> None:
         key = f"{mapping.protocol} . {mapping.outside}"
-        run("add", f"{key} timeout {lifetime}s : {mapping.host} . {mapping.inside}")
+        run("add", "ip nat portmap", f"{key} timeout {lifetime}s : {mapping.host} . {mapping.inside}")
 
     def revoke(mapping: Mapping) -> None:
-        run("delete", f"{mapping.protocol} . {mapping.outside} : {mapping.host} . {mapping.inside}")
+        key = f"{mapping.protocol} . {mapping.outside}"
+        run("delete", "ip nat portmap", f"{key} : {mapping.host} . {mapping.inside}")
+
+    def hole(mapping: Mapping) -> str:
+        return f"{mapping.protocol} . {mapping.host} . {mapping.inside}"
+
+    def let_in(mapping: Mapping, lifetime: int) -> None:
+        run("add", "inet fw pinholes", f"{hole(mapping)} timeout {lifetime}s")
+
+    def shut_out(mapping: Mapping) -> None:
+        run("delete", "inet fw pinholes", hole(mapping))
 
     table, started = Table(grant, revoke), time.monotonic()
     pmp = Pmp(table, _wan_address, started, "natpmp" in services, "pcp" in services)
+    pcp6 = Pmp(Table(let_in, shut_out, firewall=True), lambda: lan6, started, natpmp=False)
     upnp = Upnp(table, _wan_address, started)
     poll = select.poll()
     socks: dict[int, socket.socket] = {}
 
     def listen(kind: int, address: str, port: int) -> socket.socket:
-        sock = socket.socket(socket.AF_INET, kind)
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((address, port))
         poll.register(sock, select.POLLIN)
@@ -401,6 +471,7 @@ def serve(lan: str, services: Sequence[str], nft: str) -> None:
         return sock
 
     pmp_sock = listen(socket.SOCK_DGRAM, lan, PMP_PORT) if pmp.natpmp or pmp.pcp else None
+    pcp6_sock = listen(socket.SOCK_DGRAM, lan6, PMP_PORT) if lan6 and pmp.pcp else None
     search = http = None
     if "upnp" in services:
         search = listen(socket.SOCK_DGRAM, "0.0.0.0", SSDP[1])
@@ -418,8 +489,8 @@ def serve(lan: str, services: Sequence[str], nft: str) -> None:
                     _serve_http(sock, upnp)
                     continue
                 data, client = sock.recvfrom(MAX_REQUEST)
-                if sock is pmp_sock:
-                    answer = pmp.answer(data, client[0], time.monotonic())
+                if sock in (pmp_sock, pcp6_sock):
+                    answer = (pmp if sock is pmp_sock else pcp6).answer(data, client[0], time.monotonic())
                     answers = [answer] if answer else []
                 else:
                     answers = ssdp_answers(data, f"http://{lan}:{HTTP_PORT}/root.xml")
@@ -448,9 +519,10 @@ def _serve_http(listener: socket.socket, upnp: Upnp) -> None:
 
 def _wan_address() -> str:
     """The router's outside address, which may change at any time."""
-    done = subprocess.run(["ip", "-json", "-4", "addr", "show", "wan"], capture_output=True, check=True)
-    return str(json.loads(done.stdout)[0]["addr_info"][0]["local"])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        answer = fcntl.ioctl(sock, 0x8915, struct.pack("40s", b"wan"))  # SIOCGIFADDR
+    return socket.inet_ntoa(answer[20:24])
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2].split(","), sys.argv[3])
+    serve(sys.argv[1], sys.argv[2].split(","), *sys.argv[3:])

@@ -2,10 +2,10 @@
 
 ::
 
-    alice ── 192.168.1.0/24 ── router ── 11.0.1.0/24 ═╗
-                                                      ╠═ core ═ 11.0.3.0/24 ── relay
+    alice ── 192.168.1.0/24 ── router ── 11.1.0.0/24 ═╗
+                                                      ╠═ core ═ 11.3.0.0/24 ── relay
     bob ── 192.168.1.0/24 ── router ── carrier ───────╝
-                             100.64.0.0/24  11.0.2.0/24
+                             100.64.0.0/24  11.2.0.0/24
 
 A site's link to the core is where delay, jitter, loss and rate happen: half of what two sites see between them.
 11.0.0.0/8 and 2d00::/8 stand for the public internet, because the usual libraries take them for public.
@@ -13,6 +13,7 @@ A site's link to the core is where delay, jitter, loss and rate happen: half of 
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping as MappingABC
@@ -39,16 +40,16 @@ _SHARES = {"": 1.0, "%": 0.01}
 _BITS = {"": 1.0, "bit": 1.0, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
 
 
-def _amount(text: float | str, units: MappingABC[str, float], what: str) -> float:
-    if not isinstance(text, str):
-        return float(text)
-    match = _AMOUNT.fullmatch(text.strip())
+def _amount(value: Any, units: MappingABC[str, float], what: str) -> float:
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    match = _AMOUNT.fullmatch(value.strip()) if isinstance(value, str) else None
     try:
         if match:
             return float(match[1]) * units[match[2]]
     except (KeyError, ValueError):
         pass
-    raise TopologyError(f"{text!r} is no {what}: write a number and one of {', '.join(filter(None, units))}")
+    raise TopologyError(f"{value!r} is no {what}: write a number and one of {', '.join(filter(None, units))}")
 
 
 def seconds(text: float | str) -> float:
@@ -64,6 +65,9 @@ def share(text: float | str) -> float:
 def bits(text: float | str) -> float:
     """Bits per second: ``1e6`` or ``"1Mbit"``, ``"64kbit"``."""
     return _amount(text, _BITS, "rate")
+
+
+_READ = {"delay": seconds, "jitter": seconds, "loss": share, "rate": bits}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,11 @@ class Link:
         cls, delay: float | str = 0.0, jitter: float | str = 0.0, loss: float | str = 0.0, rate: float | str = 0.0
     ) -> Link:
         """The same with units: ``Link.of(delay="25ms", loss="1%", rate="10Mbit")``."""
-        return cls(seconds(delay), seconds(jitter), share(loss), bits(rate))
+        return cls().changed({"delay": delay, "jitter": jitter, "loss": loss, "rate": rate})
+
+    def changed(self, values: MappingABC[str, float | str | None]) -> Link:
+        """The same with other values, as in `of`; those that are None stay."""
+        return replace(self, **{key: _READ[key](value) for key, value in values.items() if value is not None})
 
     @property
     def is_plain(self) -> bool:
@@ -193,6 +201,11 @@ class Site:
         if not self.routers:
             return "public"
         return nats.CARRIER_PREFIX + self.routers[0].nat if len(self.routers) == 2 else self.routers[0].nat
+
+    @property
+    def translates(self) -> bool:
+        """Whether its hosts have private IPv4 addresses, and the outside sees another."""
+        return any(nats.nat_named(router.nat).translates for router in self.routers)
 
     def router_name(self, index: int) -> str:
         """The namespace of a router: ``alice/router``, and ``alice/carrier`` if it is the outer one of two."""
@@ -306,21 +319,24 @@ def site_from_text(text: str) -> Site:
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if key == "hairpin" and not equals:
-            options[key] = True
-        elif not equals:
+        if key in options:
+            raise TopologyError(f"{text!r} says {key} twice")
+        if not equals and key != "hairpin":
             raise TopologyError(f"{pair!r} in {text!r} is no option: write KEY=VALUE")
-        else:
-            options[key] = value
+        options[key] = value if equals else True
     return _site(name, kind, options)
 
 
 def _site(name: str, kind: str, options: dict[str, Any]) -> Site:
-    for key in ("hosts", "services"):
-        if isinstance(options.get(key), str):
-            options[key] = tuple(options[key].split("+"))
-    if isinstance(options.get("hairpin"), str):
-        options["hairpin"] = options["hairpin"] in ("1", "yes", "true", "on")
+    for key in {"hosts", "services"} & set(options):
+        several = options[key].split("+") if isinstance(options[key], str) else options[key]
+        if not isinstance(several, list) or not all(isinstance(each, str) for each in several):
+            raise TopologyError(f"{key} of {name} are {several!r}: write names, with + between them")
+        options[key] = tuple(several)
+    if "hairpin" in options:
+        if options["hairpin"] not in (True, "yes", False, "no"):
+            raise TopologyError(f"hairpin of {name} is {options['hairpin']!r}: it can be yes or no")
+        options["hairpin"] = options["hairpin"] in (True, "yes")
     known = (
         {*_LINK_KEYS, "ipv6", "addresses"}
         if kind == "public"
@@ -331,11 +347,14 @@ def _site(name: str, kind: str, options: dict[str, Any]) -> Site:
     if kind != "public":
         return home(name, kind, **options)
     if "addresses" in options:
-        try:
-            options["addresses"] = int(options["addresses"])
-        except ValueError:
-            raise TopologyError(f"addresses={options['addresses']} of {name} is no number") from None
+        options["addresses"] = _number(options["addresses"], f"addresses of {name}")
     return public(name, **options)
+
+
+def _number(value: Any, what: str) -> int:
+    if (isinstance(value, str) and value.isdecimal()) or isinstance(value, int):
+        return int(value)
+    raise TopologyError(f"{what} is {value!r}: write a whole number")
 
 
 def lab_from_text(words: list[str]) -> Lab:
@@ -351,8 +370,8 @@ def lab_from_text(words: list[str]) -> Lab:
         return _lab_from_file(Path(words[0]))
     wan, seed, sites = Link(), 0, []
     for word in words:
-        if word.startswith("seed=") and word[5:].isdigit():
-            seed = int(word[5:])
+        if word.startswith("seed="):
+            seed = _number(word[5:], "seed")
         elif word.startswith("wan="):
             wan = Link.of(delay=word[4:])
         else:
@@ -367,16 +386,19 @@ def _lab_from_file(path: Path) -> Lab:
         raise TopologyError(f"{path} can't be read: {error}") from None
     if unknown := sorted(set(content) - {"sites", "wan", "seed"}):
         raise TopologyError(f"{path} has no use for {unknown[0]!r}: it can hold sites, wan and seed")
+    for name in ("sites", "wan"):
+        if not isinstance(content.setdefault(name, {}), dict):
+            raise TopologyError(f"{path}: {name} is {content[name]!r}: write a table")
     sites = []
-    for name, options in content.get("sites", {}).items():
+    for name, options in content["sites"].items():
         if not isinstance(options, dict) or not isinstance(options.get("type"), str):
             raise TopologyError(f'{path}: write [sites.{name}] and type = "pr" or another type')
         rest = {key: value for key, value in options.items() if key != "type"}
         sites.append(_site(name, options["type"], rest))
-    link, rest = _link(content.get("wan", {}))
+    link, rest = _link(content["wan"])
     if rest:
         raise TopologyError(f"{path}: [wan] has no {sorted(rest)[0]!r}; there are: {', '.join(sorted(_LINK_KEYS))}")
-    return Lab(tuple(sites), link or Link(), int(content.get("seed", 0)))
+    return Lab(tuple(sites), link or Link(), _number(content.get("seed", 0), f"seed in {path}"))
 
 
 def lab_as_json(lab: Lab) -> dict[str, Any]:

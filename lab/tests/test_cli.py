@@ -1,26 +1,19 @@
 """The command."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import natlab
 from natlab.cli import main
 from natlab.picture import picture
 from natlab.topology import lab_as_json, lab_from_json, lab_from_text
 
-ROOT = Path(natlab.__file__).parent.parent
-
 
 def _natlab(*arguments):
     """The command in a process of its own, as a shell starts it."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "natlab", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-m", "natlab", *arguments], capture_output=True, text=True, timeout=60)
 
 
 def test_types_are_listed(capsys):
@@ -45,6 +38,8 @@ def test_types_are_listed(capsys):
         (["matrix", "--types", "pr,cone"], "natlab: there is no NAT type 'cone'"),
         (["matrix", "--skews", "soon"], "natlab: 'soon' is no time"),
         (["probe"], "natlab: say one of: a SERVER to ask"),
+        (["probe", "1.2.3.4:65535"], "natlab: the prober's server can't have port 65535"),
+        (["probe", "--serve", "1.2.3.4", "--port", "0"], "natlab: the prober's server can't have port 0"),
         (["probe", "--serve", "1.2.3.4"], "natlab: the prober's server can't be at 1.2.3.4 port 3478"),
     ],
 )
@@ -59,11 +54,24 @@ def test_run_ends_with_the_status_of_its_command():
     done = _natlab("run", "alice=pr", "my-relay=public", "--", "sh", "-c", "ip -br addr; echo $NATLAB_MY_RELAY; exit 3")
     assert done.returncode == 3
     assert "192.168.1.10/24" in done.stdout
-    assert done.stdout.endswith("11.0.2.2\n")
+    assert done.stdout.endswith("11.2.0.2\n")
     assert (
         _natlab("run", "alice=pr", "--", "no-such").stderr
         == "natlab: no-such can't be run: No such file or directory\n"
     )
+
+
+def test_for_a_program_all_that_is_written_is_json():
+    command = ["sh", "-c", "echo $NATLAB_RELAY; echo oops >&2; exit 3"]
+    done = _natlab("run", "alice=pr", "relay=public", "--json", "--", *command)
+    assert json.loads(done.stdout) == {
+        "host": "alice",
+        "argv": command,
+        "status": 3,
+        "stdout": "11.2.0.2\n",
+        "stderr": "oops\n",
+    }
+    assert done.returncode == 3
 
 
 def test_a_lab_is_up_until_it_is_down():
@@ -71,7 +79,7 @@ def test_a_lab_is_up_until_it_is_down():
     assert up.returncode == 0, up.stderr
     id = up.stdout.strip()
     try:
-        assert "└── relay 11.0.2.2" in up.stderr
+        assert "└── relay 11.2.0.2" in up.stderr
         assert id in [each["id"] for each in json.loads(_natlab("list", "--json").stdout)]
         shell = _natlab("shell", id, "alice", "--", "sh", "-c", "echo $NATLAB_HOST; kill -9 $$")
         assert (shell.stdout, shell.returncode) == ("alice\n", 137)
@@ -91,10 +99,10 @@ def test_a_picture():
     )
     assert list(picture(lab)) == [
         "core",
-        "├── 25 ms ── alice/router 11.0.1.2 (pr, upnp) ── alice 192.168.1.10",
-        "├── bob/carrier 11.0.2.2 (sym, hairpin) ── bob/router 100.64.0.2 (pr, IPv6 firewall)",
+        "├── 25 ms ── alice/router 11.1.0.2 (pr, upnp) ── alice 192.168.1.10",
+        "├── bob/carrier 11.2.0.2 (sym, hairpin) ── bob/router 100.64.0.2 (pr, IPv6 firewall)",
         "│   ├── bob 192.168.1.10 2d00:102:2::a",
         "│   └── eve 192.168.1.11 2d00:102:2::b",
-        "└── relay 11.0.3.2 2d00:0:3::2",
+        "└── relay 11.3.0.2 2d00:0:3::2",
     ]
     assert lab_from_json(json.loads(json.dumps(lab_as_json(lab)))) == lab

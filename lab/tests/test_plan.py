@@ -22,10 +22,10 @@ def test_a_home_is_a_host_a_router_and_a_wire_to_the_core():
         plan.Veth("wires", "1b", "alice/router", "wan"),
         plan.Veth("alice/router", "p0", "alice", "eth0"),
     ]
-    assert plan.Address("alice/router", "wan", "11.0.1.2/24") in made.steps
+    assert plan.Address("alice/router", "wan", "11.1.0.2/24") in made.steps
     assert plan.Address("alice", "eth0", "192.168.1.10/24") in made.steps
     assert plan.Route("alice", "default", "192.168.1.1") in made.steps
-    assert plan.Route("alice/router", "default", "11.0.1.1") in made.steps
+    assert plan.Route("alice/router", "default", "11.1.0.1") in made.steps
     assert not [step for step in _of(plan.Address, made.steps) if ":" in step.address]
 
 
@@ -42,8 +42,8 @@ def test_behind_a_carrier_there_is_a_second_router():
 
 def test_without_translation_the_lan_is_public_and_the_core_knows_the_way():
     lab = Lab((home("alice", "fw"),))
-    assert plan.host_address(lab, "alice") == "11.128.1.10"
-    assert plan.Route("core", "11.128.1.0/24", "11.0.1.2") in plan.plan_site(lab, 1).steps
+    assert plan.host_address(lab, "alice") == "11.129.0.10"
+    assert plan.Route("core", "11.129.0.0/24", "11.1.0.2") in plan.plan_site(lab, 1).steps
 
 
 def test_ipv6_reaches_a_host_behind_two_routers():
@@ -78,7 +78,7 @@ def test_addresses_count_as_public_also_in_a_large_lab():
     for name in ("p0", "p300", "p999"):
         for version in (4, 6):
             assert ipaddress.ip_address(plan.host_address(lab, name, version)).is_global
-    assert plan.host_address(lab, "p999") == "11.3.232.2"
+    assert plan.host_address(lab, "p999") == "11.104.7.2"
 
 
 def test_the_wire_takes_the_labs_link_unless_the_site_has_one():
@@ -104,10 +104,10 @@ def test_a_reboot_loads_the_same_rules_and_forgets():
 
 
 def test_a_new_address_is_in_the_rules():
-    made = plan.plan_new_address(Lab((home("a", "fcx"),)), 1, "11.0.1.2", "11.0.1.77")
+    made = plan.plan_new_address(Lab((home("a", "fcx"),)), 1, "11.1.0.2", "11.1.0.77")
     (rules,) = _of(plan.Nft, made.steps)
-    assert "11.0.1.77:61000" in rules.script
-    assert "11.0.1.2" not in rules.script
+    assert "11.1.0.77:61000" in rules.script
+    assert "11.1.0.2" not in rules.script
 
 
 def test_a_plan_travels_as_json():
@@ -119,9 +119,9 @@ def test_a_plan_travels_as_json():
 
 @pytest.mark.parametrize("nat", NATS.values(), ids=lambda nat: nat.name)
 def test_only_open_routers_are_without_rules(nat):
-    assert (ruleset(nat, "11.0.1.2") == "flush ruleset\n") == (nat.name == "open")
-    assert ("dnat to" in ruleset(nat, "11.0.1.2")) == (nat.filtering in (Filtering.EIF, Filtering.ADF))
-    assert ruleset(nat, "11.0.1.2").count("{") == ruleset(nat, "11.0.1.2").count("}")
+    assert (ruleset(nat, "11.1.0.2") == "flush ruleset\n") == (nat.name == "open")
+    assert ("dnat to" in ruleset(nat, "11.1.0.2")) == (nat.filtering in (Filtering.EIF, Filtering.ADF))
+    assert ruleset(nat, "11.1.0.2").count("{") == ruleset(nat, "11.1.0.2").count("}")
 
 
 def test_the_outer_of_two_routers_makes_the_promise():

@@ -1,17 +1,12 @@
 """The pytest plugin, as a project that installed it meets it."""
 
-from pathlib import Path
-
 import pytest
-
-import natlab
 
 
 @pytest.fixture
-def project(pytester, monkeypatch):
+def project(pytester):
     """A project with the plugin; runs its tests in a process of their own."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(natlab.__file__).parent.parent))
-    pytester.makeini("[pytest]\naddopts = -p natlab.pytest_plugin -p no:cacheprovider --strict-markers\n")
+    pytester.makeini("[pytest]\naddopts = -p no:cacheprovider --strict-markers\n")
     return pytester
 
 
@@ -21,7 +16,7 @@ def test_a_test_gets_a_lab_that_reads_like_a_sentence(project):
         def test_a_lab(lab):
             relay = lab.public("relay")
             alice = lab.home("alice", nat="pr", delay="5ms")
-            assert alice.public_address == "11.0.2.2"
+            assert alice.public_address == "11.2.0.2"
             assert alice.python(lambda: 40 + 2) == 42
         """
     )
@@ -78,10 +73,43 @@ def test_what_programs_wrote_and_what_passed_is_kept_when_a_test_fails(project):
     )
     result = project.runpytest_subprocess()
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*- natlab -*", "*core.pcapng", "*alice-0-echo.stdout.log"])
+    result.stdout.fnmatch_lines(
+        ["*- natlab -*", "core", "├── 1 ms ── alice/router 11.1.0.2*", "*core.pcapng", "*alice-0-echo.stdout.log"]
+    )
     (log,) = [line for line in result.stdout.lines if line.endswith("echo.stdout.log")]
     with open(log) as file:
         assert file.read() == "hello\n"
+
+
+def test_it_is_kept_also_when_a_fixture_fails(project):
+    project.makepyfile(
+        """
+        import pytest
+
+        @pytest.fixture
+        def service(lab):
+            lab.home("alice").run(["sh", "-c", "echo hello; exit 1"])
+
+        def test_it(service): pass
+        """
+    )
+    result = project.runpytest_subprocess()
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*- natlab -*", "*alice-0-sh.stdout.log"])
+
+
+def test_an_option_that_the_marker_does_not_know_is_an_error(project):
+    project.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.natlab("alice=pr", delay="1ms")
+        def test_it(lab): pass
+        """
+    )
+    result = project.runpytest_subprocess()
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*the marker natlab has no 'delay': it takes sites, wan and seed"])
 
 
 def test_where_no_lab_can_be_made_tests_are_skipped_with_the_reason(project, monkeypatch):
@@ -140,3 +168,25 @@ def test_it_works_under_xdist(project):
         """
     )
     project.runpytest_subprocess("-n", "2").assert_outcomes(passed=6)
+
+
+def test_it_works_under_a_debugger_that_follows_subprocesses(project):
+    """Such a debugger, of an IDE, puts itself into the arguments of every Python that is started."""
+    project.makeconftest(
+        """
+        import subprocess
+
+        start = subprocess._fork_exec
+
+        def followed(args, *rest):
+            args = list(args)
+            for flag in ("-c", "-m"):
+                if flag in args:
+                    args[args.index(flag) :] = ["-c", "raise SystemExit('no way to the debugger')"]
+            return start(args, *rest)
+
+        subprocess._fork_exec = followed
+        """
+    )
+    project.makepyfile("def test_it(lab): assert lab.home('alice', delay='1ms').python(lambda: 42) == 42")
+    project.runpytest_subprocess().assert_outcomes(passed=1)

@@ -4,21 +4,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from natlab import Lab, LabError, RunningLab, home
+from natlab import LabError
 from natlab._stun import Message, size_of
-from natlab.nat import TYPES, Filtering, Mapping
-from natlab.probe import probe
-from natlab.reflector import add_reflector
+from natlab.nat import TYPES, Filtering, Mapping, Port
+from natlab.probe import _Look, _mapping, _port, probe
+from natlab.reflector import add_reflector, probe_types
 
 
 @pytest.fixture(scope="module")
 def findings():
-    """Every type probed at once, in one lab."""
-    sites = [home(f"h{index}", name) for index, name in enumerate(TYPES)]
-    with RunningLab(Lab(sites)) as lab, ThreadPoolExecutor(len(TYPES)) as pool:
-        server = add_reflector(lab)
-        found = pool.map(lambda index: probe(server, lab[f"h{index}"].socket), range(len(TYPES)))
-        return dict(zip(TYPES, found, strict=True))
+    return probe_types()
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -33,6 +28,30 @@ def test_a_type_is_recognised(findings):
     assert findings["pr"].differences("sym")[0] == "UDP mapping: EIM, not APDM"
     assert not findings["pr"].udp.hairpin
     assert not findings["pr"].tcp.hairpin
+
+
+def _looks(*ports, address="11.1.0.2"):
+    """As one local port 4000 is seen, and then another."""
+    return [_Look(None, ("192.168.1.10", 4000), [(address, port) for port in each]) for each in ports]
+
+
+@pytest.mark.parametrize(
+    ("ports", "mapping", "port"),
+    [
+        (([4000, 4000, 4000], [4000, 4000, 4000]), Mapping.EIM, Port.KEEP),
+        (([5000, 5000, 5000], [4000, 4000, 4000]), Mapping.EIM, Port.CHANGE),
+        (([5000, 5001, 5001], [5002, 5003, 5003]), Mapping.ADM, Port.CHANGE),
+        (([5000, 5001, 5002], [5005, 5006, 5009]), Mapping.APDM, Port.PLUS_ONE),
+        (([5000, 5001, 5002], [5200, 5100, 5002]), Mapping.APDM, Port.BLOCK),
+        (([5000, 5300, 5300], [5200, 5100, 5002]), Mapping.APDM, Port.BLOCK),
+        (([5000, 5300, 5400], [9000, 5100, 5002]), Mapping.APDM, Port.RANDOM),
+    ],
+)
+def test_what_looks_say(ports, mapping, port):
+    looks = _looks(*ports)
+    assert _mapping(looks) is mapping
+    assert _port(looks, mapping) is port
+    assert _mapping(_looks([4000] * 3, address="192.168.1.10")) is Mapping.NONE
 
 
 @pytest.mark.natlab("a=pr,hairpin", "b=fcx,hairpin", "c=cgn-ar,hairpin", "d=eimx,hairpin")
@@ -85,7 +104,7 @@ def _serve(addresses):
 
 @pytest.mark.natlab("a=pr", "silent=public")
 def test_no_answer_is_one_sentence(lab):
-    with pytest.raises(LabError, match=r"server 11\.0\.2\.2 port 3478 does not answer"):
+    with pytest.raises(LabError, match=r"server 11\.2\.0\.2 port 3478 does not answer"):
         probe((lab["silent"].address, 3478), lab["a"].socket)
 
 
@@ -93,7 +112,7 @@ def test_messages_come_back_as_they_were():
     for message in (
         Message.request(change_address=True, response_port=99, udp=True, poke=True),
         Message.request(change_port=True),
-        Message(bytes(12), False, ("11.0.1.2", 4242), ("2d00::1", 3479), outcome="dropped"),
+        Message(bytes(12), False, ("11.1.0.2", 4242), ("2d00::1", 3479), outcome="dropped"),
         Message(bytes(12), False, ("2d00::7", 1)),
     ):
         data = message.pack()
@@ -115,10 +134,11 @@ def test_the_example_of_the_rfc_is_read():
     [
         b"",
         b"GET / HTTP/1.1\r\n\r\n",
-        Message.request().pack()[:-1],
-        Message.request().pack() + b"x",
-        Message.request(response_port=1).pack()[:2] + b"\0\x08" + Message.request(response_port=1).pack()[4:-4] + b"\0",
+        Message(bytes(12)).pack()[:-1],
+        Message(bytes(12)).pack() + b"x",
+        Message(bytes(12)).pack()[:2] + b"\0\x04" + Message(bytes(12), response_port=1).pack()[4:-4],
     ],
+    ids=["nothing", "HTTP", "short", "long", "an attribute that is cut off"],
 )
 def test_what_is_no_message_is_refused(data):
     with pytest.raises(ValueError, match=r"\w"):

@@ -6,7 +6,7 @@ import pytest
 
 from natlab import matrix
 from natlab.nat import TYPES
-from natlab.punch import Group, expected, group_of, punch
+from natlab.punch import Group, Trial, expected, group_of, punch
 from natlab.reflector import add_reflector
 
 
@@ -74,6 +74,15 @@ def test_one_of_each_group_against_each():
     lines = list(matrix.render(cells, types))
     assert "  G3: G1 100, G3 cross, G4 0" in lines
     assert lines.count("every trial as expected") == 2
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_port_that_comes_again_by_chance_is_tried_again_once(monkeypatch, times):
+    trials = iter([Trial(0.1, 0.0, foreseen=True)] * times + [Trial(None, 0.0, foreseen=False)])
+    monkeypatch.setattr(matrix, "punch", lambda *_, **__: next(trials))
+    (cell,) = matrix.measure(["symblk"], protocols=["tcp"], skews=[0.0])
+    assert cell.seen == (times == 2)
+    assert not cell.expected
 
 
 @pytest.mark.natlab("alice=pr", "bob=pr-rst", wan="25ms")

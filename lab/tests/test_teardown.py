@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -105,11 +106,17 @@ def test_a_lab_ends_with_its_own_first_processes(which):
         process.communicate()
 
 
-def test_a_lab_whose_process_is_gone_says_so():
+def test_a_lab_whose_process_is_gone_says_so_and_keeps_its_logs(tmp_path):
     with RunningLab(PAIR, quiet=True) as lab:
+        lab["alice"].run(["echo", "last words"])
         os.kill(lab.pid, signal.SIGKILL)
         with pytest.raises(LabError, match="the lab's process is gone"):
             lab["alice"].run(["true"])
+        with pytest.raises(LabError, match="the lab is closed"):
+            lab["alice"].run(["true"])
+        (log,) = lab.save(tmp_path)
+        assert log.read_text() == "last words\n"
+    assert lab.save(tmp_path) == []
 
 
 def test_a_lab_outlives_the_thread_that_made_it():
@@ -169,7 +176,12 @@ def test_a_detached_lab_stays_until_it_is_ended():
         assert lab.topology == topology
         assert lab["alice"].run(["echo", "there"]).stdout == "there\n"
         lab.router("alice").reboot()
+        address = lab.router("alice").change_address()
+        lab.home("bob")
     with RunningLab.attach(id) as lab:
+        assert lab["alice"].public_address == lab.router("alice").address == address
+        assert lab.router("alice").change_address() not in (address, "11.1.0.2")
+        assert lab["bob"].public_address == "11.3.0.2"
         lab.down()
     _wait_for_end([pid])
     assert id not in detached()
@@ -185,22 +197,20 @@ def test_a_failed_start_leaves_nothing():
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="this already runs without root")
-def test_without_root_it_is_the_same(tmp_path):
+def test_without_root_it_is_the_same():
     """As user nobody, with an interpreter that this user may run."""
     python = next((each for each in ("/usr/bin/python3", sys.executable) if _usable(each)), None)
     if python is None:
         pytest.skip("there is no Python 3.11 or newer that user nobody may run")
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o711)  # of this run, and of this user's runs
-    shutil.copytree(ROOT / "natlab", tmp_path / "natlab", ignore=shutil.ignore_patterns("__pycache__"))
-    code = _CODE.format(root=str(tmp_path))
-    done = subprocess.run(
-        [python, "-c", code], user="nobody", group="nogroup", extra_groups=[], capture_output=True, text=True, cwd="/"
-    )
+    user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        shutil.copytree(ROOT / "natlab", Path(root, "natlab"), ignore=shutil.ignore_patterns("__pycache__"))
+        code = _CODE.format(root=root)
+        done = subprocess.run([python, "-c", code], **user, capture_output=True, text=True, cwd="/")
     if "Unsupported" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])
-    assert done.stdout.split() == ["65534", "11.0.1.2", "alice", "True"], done.stderr
+    assert done.stdout.split() == ["65534", "11.1.0.2", "alice", "True"], done.stderr
 
 
 _CODE = """

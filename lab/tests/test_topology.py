@@ -85,7 +85,10 @@ def _file(tmp_path, text):
         (lambda: site_from_text("alice=pr,delay"), "write KEY=VALUE"),
         (lambda: site_from_text("alice=pr,colour=red"), "alice has no option 'colour'; there are: delay, hairpin"),
         (lambda: site_from_text("relay=public,hairpin"), "relay has no option 'hairpin'"),
-        (lambda: site_from_text("relay=public,addresses=two"), "addresses=two of relay is no number"),
+        (lambda: site_from_text("relay=public,addresses=two"), "addresses of relay is 'two': write a whole number"),
+        (lambda: site_from_text("alice=pr,hairpin=maybe"), "hairpin of alice is 'maybe': it can be yes or no"),
+        (lambda: site_from_text("alice=pr,delay=1ms,delay=2ms"), "says delay twice"),
+        (lambda: lab_from_text(["seed=lucky"]), "seed is 'lucky': write a whole number"),
         (lambda: lab_from_text(["no-such.toml"]), "no-such.toml can't be read"),
     ],
 )
@@ -102,6 +105,13 @@ def test_bad_input_gets_one_sentence(make, sentence):
         ("links = 3", "has no use for 'links'"),
         ("[sites.alice]\nnat = 'pr'", r"write \[sites.alice\] and type"),
         ("[wan]\nspeed = 3", r"\[wan\] has no 'speed'"),
+        ("wan = '25ms'", "wan is '25ms': write a table"),
+        ("sites = []", r"sites is \[\]: write a table"),
+        ("seed = '7x'", "seed in .* is '7x': write a whole number"),
+        ("[sites.a]\ntype = 'pr'\nhosts = [1]", r"hosts of a are \[1\]: write names"),
+        ("[sites.a]\ntype = 'pr'\nhairpin = [true]", r"hairpin of a is \[True\]: it can be yes or no"),
+        ("[sites.a]\ntype = 'pr'\ndelay = nan", "nan is no time"),
+        ("[sites.a]\ntype = 'public'\naddresses = 1.5", r"addresses of a is 1\.5: write a whole number"),
     ],
 )
 def test_a_bad_file_gets_one_sentence(tmp_path, text, sentence):

@@ -16,14 +16,13 @@ from kas_libp2p.identity import Identity
 from kas_libp2p.kaspa.join import Joiner, JoinSettings, KaspadAddress
 from kas_libp2p.kaspa.peer import LightPeer
 from kas_libp2p.kaspa.sources import PoolSources
-from kas_libp2p.metadata import OverlayStream
 from kas_libp2p.node import Node, open_node
 from kas_libp2p.transport.connection import Connection
 from kas_libp2p.transport.upgrade import upgrade
 from kas_libp2p.transport.yamux.stream import YamuxStream
 from tests.kaspa.test_join import NETWORK, FakeKaspad
 from tests.memory import MemoryRaw
-from tests.network import MemoryInternet
+from tests.network import MemoryInternet, echo
 from tests.transport.pairs import Foreign
 
 ADDRESS = "/ip4/11.0.0.1/tcp/1"
@@ -33,11 +32,6 @@ STRANGERS = 10
 """At once: fewer than any limit, so that what is seen is the stall and not a limit."""
 
 E = TypeVar("E", bound=Event)
-
-
-async def echo(stream: OverlayStream) -> None:
-    while data := await stream.receive_some():
-        await stream.send_all(data)
 
 
 class House:
@@ -137,17 +131,22 @@ def _ignore(stream: YamuxStream) -> None:
 
 
 @asynccontextmanager
+async def node_and_friend(internet: MemoryInternet, config: Config) -> AsyncIterator[tuple[Node, Node]]:
+    """A node at `ADDRESS`, and one that listens nowhere."""
+    here, elsewhere = internet.host("11.0.0.1"), internet.host("11.0.0.9")
+    async with (
+        open_node(config, identity=Identity.from_seed(b"n" * 32), network=here) as node,
+        open_node(Config(listen=()), identity=Identity.from_seed(b"f" * 32), network=elsewhere) as friend,
+    ):
+        yield node, friend
+
+
+@asynccontextmanager
 async def house(config: Config | None = None) -> AsyncIterator[House]:
     """A node that serves an echo and Kaspa streams."""
     internet = MemoryInternet(delay=DELAY)
     config = config or Config(listen=(ADDRESS,))
-    async with (
-        open_node(config, identity=Identity.from_seed(b"n" * 32), network=internet.host("11.0.0.1")) as node,
-        open_node(
-            Config(listen=()), identity=Identity.from_seed(b"f" * 32), network=internet.host("11.0.0.9")
-        ) as friend,
-        trio.open_nursery() as nursery,
-    ):
+    async with node_and_friend(internet, config) as (node, friend), trio.open_nursery() as nursery:
         house = House(nursery, internet, node, friend)
         await node.serve(echo, ECHO)
         await node.serve(house.joiner.carry)

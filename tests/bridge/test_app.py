@@ -16,7 +16,7 @@ from kas_bridge._control import ActionError
 from kas_bridge._kaspad import RpcFacts, RpcPeer
 from kas_bridge.app import STOP_WITHIN
 from kas_bridge.config import Network
-from kas_libp2p.config import Config, Limits
+from kas_libp2p.config import Config, Limits, SessionConfig
 from kas_libp2p.errors import KasError
 from kas_libp2p.identity import Identity
 from kas_libp2p.kaspa import p2p_pb2 as pb
@@ -24,7 +24,7 @@ from kas_libp2p.kaspa.peer import LightPeer
 from kas_libp2p.metadata import Dialect
 from kas_libp2p.node import open_node
 
-from .world import NETWORK, Machine, World, until, world
+from .world import KASPAD, NETWORK, Machine, World, until, world
 
 
 async def joined(w: World, **settings: Any) -> tuple[Machine, Machine]:
@@ -61,7 +61,8 @@ async def test_two_kaspads_are_joined(dialer: str, tmp_path: Path, autojump_cloc
         assert row["node"]["version"] == "2.1.0"
         assert row["sent"] == b.row(a)["received"] > 0
         kept = int(dialer == "a")
-        assert a.bridge.status()["peers"] == {"joined": 1, "handshaking": 0, "kept": kept, "connections": 1}
+        assert a.bridge.status()["peers"] == {"joined": 1, "handshaking": 0, "kept": kept}
+        assert a.bridge.status()["connections"] == 1
         assert ours.bridge.connect(other.address)["state"] == "joined"
 
 
@@ -135,7 +136,7 @@ async def test_a_kaspad_that_comes_later(tmp_path: Path, autojump_clock: MockClo
         a = await w.machine(kaspad, peer=(b.address,))
         status = a.bridge.status()["kaspad"]
         assert status["condition"] == "not running"
-        assert status["problem"] == "no kaspad listens on 127.0.0.1:16511"
+        assert status["problem"] == f"no kaspad listens on {KASPAD}"
         assert "start kaspad" in status["help"]
         assert status["retry_in_s"] <= 2
         assert a.row(b)["problem"] == "waits for our kaspad"
@@ -188,14 +189,14 @@ async def test_the_peers_kaspad_restarts(tmp_path: Path, autojump_clock: MockClo
             {"network": "kaspa-testnet-10"},
             {"network": Network.SIMNET},
             "wrong network",
-            "kaspad at 127.0.0.1:16511 is on kaspa-testnet-10, but the bridge was told kaspa-simnet",
+            f"kaspad at {KASPAD} is on kaspa-testnet-10, but the bridge was told kaspa-simnet",
             "--network testnet-10",
         ),
         (
             {"agent": "/kaspad:1.0.0/", "protocol": 7},
             {},
             "too old",
-            "kaspad 1.0.0 at 127.0.0.1:16511 speaks P2P protocol 7, too old to join",
+            f"kaspad 1.0.0 at {KASPAD} speaks P2P protocol 7, too old to join",
             "update it to kaspad 2.x",
         ),
     ],
@@ -374,6 +375,13 @@ async def test_no_more_handshakes_pending_than_allowed(tmp_path: Path, autojump_
         assert await until(lambda: is_joined(c, a)) < 15
 
 
+async def test_limits_reach_the_joiner(tmp_path: Path, autojump_clock: MockClock) -> None:
+    given = {"max_joined": 5, "max_pending": 7, "max_pending_per_source": 1, "max_pending_per_host": 3}
+    async with world(tmp_path) as w:
+        a = await w.machine(**given)
+        assert {name: getattr(a.bridge.joiner.settings, name) for name in given} == given
+
+
 async def test_a_kaspad_that_says_nothing(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with world(tmp_path) as w:
         a, b = await w.machine(), await w.machine()
@@ -387,8 +395,9 @@ async def test_a_kaspad_that_says_nothing(tmp_path: Path, autojump_clock: MockCl
 
 
 async def test_a_path_that_hangs_is_left_within_seconds(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Without a session, which does that by itself."""
     async with world(tmp_path) as w:
-        a, b = await joined(w)
+        a, b = await joined(w, session=SessionConfig(enabled=False))
         await trio.sleep(100)
         (peer,) = a.kaspad.light.peers
         w.hang()
@@ -400,6 +409,8 @@ async def test_a_path_that_hangs_is_left_within_seconds(tmp_path: Path, autojump
             assert again < 5
             nursery.cancel_scope.cancel()
         assert a.bridge.ends["path hung"] == 1
+        how = {end.closed for end in w.internet.pipes[0]}
+        assert "aborted" in how, "else the system would hold its addresses and ports for minutes"
 
 
 async def test_a_path_to_a_foreign_node_that_hangs(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -414,7 +425,8 @@ async def test_a_path_to_a_foreign_node_that_hangs(tmp_path: Path, autojump_cloc
             await until(lambda: a.kaspad.light.peers)
             await trio.sleep(100)
             w.hang()
-            assert await until(lambda: not a.bridge.peers()) < 16
+            assert await until(lambda: not a.bridge.peers()) < 7
+            assert a.bridge.ends["path hung"] == 1
             assert not a.kaspad.light.peers
 
 
@@ -455,6 +467,18 @@ async def test_disconnect(tmp_path: Path, autojump_clock: MockClock) -> None:
         assert b.bridge.ends == {"closed by the peer": 1}
         with pytest.raises(ActionError, match="no peer"):
             await a.bridge.disconnect(b.peer)
+
+
+async def test_disconnect_while_it_is_being_dialed(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path) as w:
+        a, b = await w.machine(), await w.machine()
+        a.bridge.connect(b.address)
+        await trio.sleep(0.03)
+        assert a.row(b)["state"] == "dialing"
+        await a.bridge.disconnect(b.peer)
+        await trio.sleep(30)
+        assert not a.bridge.peers()
+        assert not a.of("kaspa-peer-joined")
 
 
 async def test_who_was_disconnected_may_come_back(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -534,6 +558,29 @@ async def test_a_ban_also_ends_our_own_attempts(tmp_path: Path, autojump_clock: 
             await a.bridge.ban("nobody")
 
 
+async def test_a_ban_of_an_address_that_is_lifted(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path) as w:
+        a, b = await joined(w)
+        await a.bridge.ban("10.0.0.0/8")
+        await trio.sleep(100)
+        assert a.row(b)["retry_in_s"] > 300
+        a.bridge.unban("10.0.0.0/8")
+        assert await until(lambda: is_joined(a, b)) < 5
+
+
+async def test_a_ban_of_many_on_paths_that_hang_is_quick(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path) as w:
+        a = await w.machine()
+        others = [await w.machine(peer=(a.address,)) for _ in range(4)]
+        await until(lambda: all(is_joined(a, each) for each in others))
+        w.hang()
+        begun = trio.current_time()
+        answer = await a.bridge.ban("10.0.0.0/8")
+        assert set(answer["ended"]) == {each.peer for each in others}
+        assert trio.current_time() - begun < 0.5
+        assert not a.bridge.peers()
+
+
 @pytest.mark.parametrize(
     ("settings", "in_"),
     [
@@ -564,7 +611,7 @@ async def test_stop_tells_the_peers_and_is_quick(tmp_path: Path, autojump_clock:
         assert trio.current_time() - begun < STOP_WITHIN
         assert [event.reason for event in a.of("bridge-stopping")] == ["for the test"]  # type: ignore[attr-defined]
         await until(lambda: not is_joined(c, a) and not is_joined(b, a))
-        assert b.bridge.ends == {"closed by the peer": 1}
+        assert b.bridge.ends == {"peer stopped": 1}
         assert not a.kaspad.light.peers
 
 

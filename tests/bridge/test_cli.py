@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -188,22 +189,60 @@ async def test_a_day_in_the_life(tmp_path: Path) -> None:
         assert not (tmp_path / "a" / "control.sock").exists()
 
 
-async def test_without_a_kaspad_it_stays_up_and_ends_on_ctrl_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+async def test_without_a_kaspad_it_stays_up_and_ends_with_its_terminal(number: signal.Signals, tmp_path: Path) -> None:
     async with bridge(tmp_path / "a", free_port()) as a:
         changed = await a.event("kaspad-changed")
         assert changed["condition"] == "not running"
         assert "start kaspad" in changed["help"]
         await a.event("bridge-started")
-        a.process.send_signal(signal.SIGINT)
+        a.process.send_signal(number)
         assert await timed_end(a.process) < STOP_TIME
         assert a.process.returncode == 0
 
 
-async def test_what_run_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_relay_as_its_operator_runs_it(tmp_path: Path) -> None:
+    relay = BridgeCommand(tmp_path / "relay")
+    argv = [*COMMAND, "relay", f"--data-dir={relay.folder}", f"--listen=/ip4/127.0.0.1/tcp/{relay.port}", "--json"]
+    relay.process = await trio.lowlevel.open_process(argv, stdout=subprocess.PIPE)
+    try:
+        started = await relay.event("bridge-started")
+        (address,) = started["addresses"]
+        flags = (f"--relay={address}", "--role=private", "--no-port-mapping")
+        async with light_kaspad() as (_, port), bridge(tmp_path / "a", port, *flags) as a:
+            made = await a.event("reservation-made")
+            assert (await relay.event("relay-request-served"))["status"] == "OK"
+            status = await relay.ask("status")
+            assert (status["mode"], status["reachability"]["role"]) == ("relay", "public")
+            assert "1 place of 256" in await relay.call("status")
+            (row,) = (await relay.ask("peers"))["peers"]
+            assert row["place"]
+            assert "yes" in await relay.call("peers")
+            assert (await a.ask("status"))["reachability"]["reachable"] == made["addresses"]
+            told = await relay.call("connect", address, code=1)
+            assert "this is a relay, in front of no kaspad" in told
+        assert await relay.call("stop") == "The relay has stopped.\n"
+        assert await timed_end(relay.process) < STOP_TIME
+        assert relay.process.returncode == 0
+    finally:
+        if relay.process.returncode is None:
+            relay.process.kill()
+        with trio.CancelScope(shield=True):
+            await relay.process.wait()
+            assert relay.process.stdout is not None
+            await relay.process.stdout.aclose()
+
+
+async def test_what_run_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ghost = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/12D3KooWKWQMLKnDg9BizoExsXWiuebcitxtJa3LCHdcWT2jP7yG"
     async with light_kaspad() as (_, port):
         settings = Settings(
-            data_dir=tmp_path, kaspad=f"127.0.0.1:{port}", rpc="off", listen=("/ip4/127.0.0.1/tcp/0",), peer=(ghost,)
+            data_dir=tmp_path,
+            kaspad=f"127.0.0.1:{port}",
+            rpc="off",
+            listen=("/ip4/127.0.0.1/tcp/0",),
+            peer=(ghost,),
+            port_mapping=False,
         )
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
@@ -215,23 +254,48 @@ async def test_what_run_says(tmp_path: Path, capsys: pytest.CaptureFixture[str])
                         failures = status["events"].get("peer-failed", 0)
                     await trio.sleep(0.05)
                 await ask(socket_paths(tmp_path), {"action": "stop"})
-    lines = capsys.readouterr().out.splitlines()
+    lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("kas-bridge 0.1.0 · 12D3KooW")
     assert f"2.1.0 on {NETWORK} at 127.0.0.1:{port}; its flags are fine" in lines[1]
-    assert lines[2].split()[0] == "listens"
-    assert "1 peer to keep connected; at most 64 joined at once" in lines[3]
-    assert f"{tmp_path}/control.sock" in lines[4]
+    assert lines[2].startswith("  role      private: ")
+    assert "none known yet: name one with --relay MULTIADDR" in lines[3]
+    assert lines[4].split()[0] == "listens"
+    assert "1 peer to keep connected; at most 64 joined at once" in lines[5]
+    assert f"{tmp_path}/control.sock" in lines[6]
     # The same failure is said once.
-    assert "Connection refused; next try in" in lines[5]
-    assert lines[6].endswith("stopping by kas-bridge stop")
-    assert len(lines) == 7
+    assert "Connection refused; next try in" in lines[7]
+    assert lines[8].endswith("stopping by kas-bridge stop")
+    assert len(lines) == 9
+
+
+async def test_a_reader_that_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    argv = [*COMMAND, "run", f"--data-dir={tmp_path}", f"--kaspad=127.0.0.1:{free_port()}", "--rpc=off", "--no-listen"]
+    try:
+        process = await trio.lowlevel.open_process([*argv, "--json"], stdout=writing)
+        try:
+            with trio.fail_after(30):
+                while not socket_paths(tmp_path)[0].exists():  # noqa: ASYNC110 - another process makes it
+                    await trio.sleep(0.05)
+                for number in range(100):  # more lines than fit
+                    await ask(socket_paths(tmp_path), {"action": "ban", "target": f"192.0.2.{number}"})
+            process.send_signal(signal.SIGTERM)
+            assert await timed_end(process) < STOP_TIME
+            assert process.returncode == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
         ([], 2, ""),
-        (["frob"], 2, "unknown command 'frob'; there are: run, status, peers"),
+        (["frob"], 2, "unknown command 'frob'; there are: run, relay, status, peers"),
         (["statu"], 2, "(did you mean status?)"),
         (["why"], 2, "why needs PEER"),
         (["connect"], 2, "connect needs MULTIADDR"),

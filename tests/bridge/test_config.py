@@ -14,6 +14,9 @@ from kas_bridge.config import (
     PATH_PROBE,
     SYNC_WINDOW,
     Network,
+    RelayLimitChanges,
+    RelayPreset,
+    RelaySettings,
     Settings,
     check_environment,
     default_data_dir,
@@ -26,6 +29,7 @@ from kas_bridge.config import (
     read_file,
     setting_names,
 )
+from kas_libp2p.config import MIB, PunchConfig, Purpose, RelayConfig, RelayLimits, Role
 from kas_libp2p.errors import ConfigError
 
 PEER = "12D3KooWKWQMLKnDg9BizoExsXWiuebcitxtJa3LCHdcWT2jP7yG"
@@ -85,6 +89,50 @@ def test_one_setting_of_a_table_leaves_the_others(ran: Any) -> None:
     assert settings.yamux.max_window == SYNC_WINDOW
 
 
+def test_a_relay_takes_what_is_not_of_kaspad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[RelaySettings] = []
+
+    async def serve(settings: RelaySettings, **_: Any) -> None:
+        found.append(settings)
+
+    monkeypatch.setattr("kas_bridge.run.serve", serve)
+    monkeypatch.setenv("KAS_BRIDGE_MAX_JOINED", "5")
+    monkeypatch.setenv("KAS_BRIDGE_RELAY_PURPOSE", "any")
+    (tmp_path / CONFIG_FILE).write_text('max-joined = 3\nserve-relay = false\nrelay-limits = "open"\n')
+    main("relay", f"--data-dir={tmp_path}", "--role=auto")
+    (settings,) = found
+    assert (settings.role, settings.relay_purpose, settings.relay_limits) == (Role.AUTO, Purpose.ANY, RelayPreset.OPEN)
+    config = settings.overlay_config()
+    assert config.relay.serve
+    assert (config.relay.purpose, config.relay.limits) == (Purpose.ANY, RelayLimits.open())
+    assert config.limits.max_inbound > config.relay.limits.max_reservations
+    for flag in ("--kaspad=127.0.0.1:1", "--no-serve-relay"):
+        with pytest.raises(SystemExit) as left:
+            main("relay", f"--data-dir={tmp_path}", flag)
+        assert left.value.code == 2
+        assert "unknown option" in capsys.readouterr().err.lower()
+    assert RelaySettings().role is Role.PUBLIC
+
+
+def test_single_limits_of_a_relay_count_in_place_of_the_presets(ran: Any) -> None:
+    file = 'relay-limits = "open"\n[relaying]\nmax-circuits = 5\nmax-circuit-rate = 4194304\nrequest-interval = 3\n'
+    settings = ran("--relaying.max-circuits=6", file=file, KAS_BRIDGE_RELAYING_REQUESTS_PER_PEER="9")
+    expected = dataclasses.replace(
+        RelayLimits.open(), max_circuits=6, max_circuit_rate=4 * MIB, request_interval=3.0, requests_per_peer=9
+    )
+    assert settings.overlay_config().relay.limits == settings.given_away() == expected
+    assert ran(file="[relaying]\nmax-circuit-rate = 0\n").given_away() == RelayLimits(max_circuit_rate=0)
+
+
+def test_each_limit_of_a_relay_can_be_set() -> None:
+    def fields(kind: type) -> list[str]:
+        return [each.name for each in dataclasses.fields(kind)]
+
+    assert fields(RelayLimitChanges) == fields(RelayLimits)
+
+
 def test_settings_that_may_be_repeated(ran: Any) -> None:
     one, two = f"/ip4/192.0.2.1/tcp/1/p2p/{PEER}", f"/dns4/example.org/tcp/2/p2p/{PEER}"
     assert ran(f"--peer={one}", f"--peer={two}").peer == (one, two)
@@ -120,6 +168,7 @@ WRONG = [
     ("max-joined", "5000", "max-joined must be 1 to 4096, not 5000"),
     ("max-pending", "33", "max-pending must be 1 to 32, not 33"),
     ("max-pending-per-source", "3", "max-pending-per-source must be 1 to 2, not 3"),
+    ("max-pending-per-host", "0", "max-pending-per-host must be 1 to 32, not 0"),
     ("listener-port", "0", "listener-port must be 1 to 65535, not 0"),
     ("network", '"foonet"', "network must be one of mainnet, testnet-10, simnet, devnet, not 'foonet'"),
     ("kaspad", '"localhost"', "kaspad must be host:port, such as 127.0.0.1:16111, not 'localhost'"),
@@ -134,6 +183,24 @@ WRONG = [
     ("deny", '["10.0.0.0/99"]', "deny must be a peer id"),
     ("compress", '"perhaps"', "compress must be true or false, not 'perhaps'"),
     ("upload-limit", '"5 apples"', "upload-limit must be bytes per second, such as 500kB or 2MB, or 0 for none"),
+    ("role", '"home"', "role must be one of auto, private, public, not 'home'"),
+    ("relay", '["/ip4/192.0.2.1/tcp/1"]', "leads to no relay: it looks like /ip4/192.0.2.1/tcp/16117/p2p/12D3KooW…"),
+    ("relay", f'["/ip4/192.0.2.1/tcp/1/p2p/{PEER}/p2p-circuit/p2p/{PEER}"]', "leads to no relay"),
+    ("relay-target", "17", "relay-target must be 0 to 16, not 17"),
+    ("relay-operator", '"' + "x" * 65 + '"', "relay-operator must be a domain or a name of at most 64 characters"),
+    (
+        "relay-operator",
+        '"a\\u0007"',
+        "relay-operator must be a domain or a name of at most 64 characters, not 'a\\x07'",
+    ),
+    ("relay-purpose", '"mine"', "relay-purpose must be one of overlay, any, not 'mine'"),
+    ("relay-limits", '"none"', "relay-limits must be one of default, reference, open, not 'none'"),
+    ("relaying", "5", "relaying must be a table of settings, not 5"),
+    ("relaying.max-circuits", "-1", "relaying.max-circuits must be 0 or more, not -1"),
+    ("relaying.max-circuits", "1.5", "relaying.max-circuits must be a whole number, not 1.5"),
+    ("relaying.requests-per-ip", "0", "relaying.requests-per-ip must be 1 or more, not 0"),
+    ("relaying.reservation-seconds", "0", "relaying.reservation-seconds must be a number of seconds above 0, not 0"),
+    ("autonat.refresh", "0", "autonat.refresh must be a number of seconds above 0, not 0"),
     ("upload-limit", "-5", "upload-limit must be bytes per second"),
     ("limits", "5", "limits must be a table of settings, not 5"),
     ("limits.max-connections", "0", "limits.max-connections must be 1 or more, not 0"),
@@ -159,8 +226,11 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: str, problem: str, t
         ("max-joined", "must be a whole number, not 'wrong'"),
         ("network", 'Choose from: "mainnet", "testnet-10", "simnet", "devnet"'),
         ("limits.max-per-ip", "must be a whole number, not 'wrong'"),
+        ("relaying.max-circuits", "must be a whole number, not 'wrong'"),
         ("dial.tcp-timeout", 'unable to convert "wrong" into float'),
         ("compress", 'unable to convert "wrong" into bool'),
+        ("role", 'Choose from: "auto", "private", "public"'),
+        ("relay", "--relay: wrong is no multiaddr"),
         ("rpc", "--rpc must be host:port"),
         ("peer", "--peer: wrong is no multiaddr"),
     ],
@@ -179,12 +249,16 @@ def test_a_wrong_value_elsewhere(name: str, problem: str, ran: Any, capsys: pyte
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("max-joyned = 5", "unknown setting max-joyned (did you mean max-joined?); allowed: kaspad, network"),
+        ("max-joyned = 5", "unknown setting max-joyned (did you mean max-joined?); allowed: listen, announce"),
         (
             "[limits]\nmax-conections = 5",
             "limits.max-conections (did you mean limits.max-connections?); allowed: limits.",
         ),
-        ("[frob]\nx = 5", "unknown setting frob.x; allowed: kaspad"),
+        (
+            "[relaying]\nmax-circuit-rat = 5",
+            "relaying.max-circuit-rat (did you mean relaying.max-circuit-rate?); allowed: relaying.max-reservations",
+        ),
+        ("[frob]\nx = 5", "unknown setting frob.x; allowed: listen"),
         ('data-dir = "/tmp"', "unknown setting data-dir"),
         ("json = true", "unknown setting json"),
         ("no toml", "is no valid TOML"),
@@ -276,7 +350,29 @@ def test_the_default_data_directory() -> None:
 def test_settings_reach_the_node() -> None:
     settings = Settings(data_dir=Path("/x"), allow=("10.0.0.0/8",), announce=("/ip4/192.0.2.1/tcp/1",))
     config = settings.overlay_config()
-    for each in ("listen", "announce", "allow", "deny", "limits", "dial", "yamux"):
+    for each in (
+        "listen",
+        "announce",
+        "allow",
+        "deny",
+        "role",
+        "port_mapping",
+        "limits",
+        "dial",
+        "yamux",
+        "autonat",
+        "session",
+    ):
         assert getattr(config, each) == getattr(settings, each)
+    assert config.relay == RelayConfig(state_file=Path("/x/relays.json"))
+    assert config.punch == PunchConfig(state_file=Path("/x/punches.json"))
+    elsewhere = PunchConfig(quiet=True, state_file=Path("/y/punches.json"))
+    assert dataclasses.replace(settings, punch=elsewhere).overlay_config().punch == elsewhere
+    relay = f"/ip4/192.0.2.1/tcp/16117/p2p/{PEER}"
+    settings = dataclasses.replace(settings, relay=(relay,), relay_target=2, serve_relay=True)
+    settings = dataclasses.replace(settings, relay_operator="relays.example")
+    told = settings.overlay_config().relay
+    assert (told.relays, told.target, told.serve, told.purpose) == ((relay,), 2, True, Purpose.OVERLAY)
+    assert told.operator == "relays.example"
     assert config.key_file == Path("/x/key")
     assert dataclasses.replace(settings, max_joined=5).max_joined == 5

@@ -29,6 +29,7 @@ class Answers:
     def __init__(self) -> None:
         self.events = EventBus(lambda: 0.0)
         self.rows: list[dict[str, Any]] = []
+        self.mode = "bridge"
         self.stopped: list[str] = []
         self.faults: list[str] = []
 
@@ -37,6 +38,9 @@ class Answers:
 
     def peers(self) -> list[dict[str, Any]]:
         return self.rows
+
+    def upgrades(self) -> list[dict[str, Any]]:
+        return []
 
     def why(self, peer: str) -> dict[str, Any]:
         raise ZeroDivisionError("a bug")
@@ -225,7 +229,7 @@ async def test_questions_and_answers(tmp_path: Path) -> None:
             "control_refused": 0,
             "control_malformed": 0,
         }
-        assert await it.ask("peers") == {"ok": True, "peers": []}
+        assert await it.ask("peers") == {"ok": True, "mode": "bridge", "peers": [], "upgrades": []}
         assert (await it.ask("connect", multiaddr="x"))["state"] == "trying"
         assert (await it.ask("disconnect", peer="x"))["peer_id"] == "x"
         assert await it.ask("ban", target="x") == {"ok": True, "target": "x", "seconds": 5.0, "reason": ""}
@@ -260,7 +264,7 @@ async def test_events_until_the_bridge_ends(tmp_path: Path) -> None:
 async def test_stop_is_answered_first(tmp_path: Path) -> None:
     async with serving(tmp_path) as it:
         (told,) = await it.say(b'{"action": "stop"}\n')
-        assert told == {"ok": True, "pid": os.getpid()}
+        assert told == {"ok": True, "pid": os.getpid(), "mode": "bridge"}
         assert it.bridge.stopped == ["by kas-bridge stop"]
 
 

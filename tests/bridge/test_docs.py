@@ -17,6 +17,8 @@ from kas_bridge.config import TABLES, Settings, read_file, setting_names
 from kas_bridge.control import MAX_CONNECTIONS, SILENCE, WRITE_TIMEOUT
 from kas_libp2p.events import Event
 from kas_libp2p.kaspa.join import End, Side
+from kas_libp2p.strategy._nat import Chance
+from kas_libp2p.strategy._upgrade import State
 
 from .world import until, world
 
@@ -42,7 +44,17 @@ def test_every_setting_with_its_default(name: str) -> None:
 
 
 def test_no_setting_that_there_is_not() -> None:
-    files = {"config.toml", "key", "sources.json", "listeners.json", "bans.json", "lock", "control.sock"}
+    files = {
+        "config.toml",
+        "key",
+        "relays.json",
+        "punches.json",
+        "sources.json",
+        "listeners.json",
+        "bans.json",
+        "lock",
+        "control.sock",
+    }
     actions = {"connect", "ban", "unban", "events"}
     assert set(ROWS) - files - actions == set(setting_names())
 
@@ -53,7 +65,7 @@ def test_the_example_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(found[1])
     assert read_file(path)["limits"] == {"max-per-ip": 4}
-    assert set(TABLES) == {"limits", "dial", "yamux"}
+    assert set(TABLES) == {"relaying", "limits", "dial", "yamux", "autonat", "punch", "session"}
 
 
 def test_every_command_and_action() -> None:
@@ -67,7 +79,7 @@ def test_every_command_and_action() -> None:
         assert re.search(rf"\b{number}\b", TEXT), number
 
 
-@pytest.mark.parametrize("words", [Condition, End, Side])
+@pytest.mark.parametrize("words", [Condition, End, Side, State, Chance])
 def test_every_word(words: Any) -> None:
     assert [each for each in words if f"`{each}`" not in TEXT] == []
 

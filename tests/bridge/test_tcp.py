@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from kas_bridge import datadir, listeners
 from kas_bridge.app import Bridge
@@ -17,7 +18,7 @@ from kas_bridge.config import Settings
 from kas_bridge.listeners import LocalAddresses
 from kas_libp2p.errors import KasError, ListenError
 from kas_libp2p.kaspa.grpc import GrpcChannel
-from kas_libp2p.kaspa.join import KaspadAddress, dial_kaspad
+from kas_libp2p.kaspa.join import End, JoinFailed, KaspadAddress, dial_kaspad
 from kas_libp2p.kaspa.peer import LightPeer
 from kas_libp2p.metadata import PeerId
 from kas_libp2p.node import open_node
@@ -137,6 +138,24 @@ async def test_a_name_with_an_ipv6_address_as_well(monkeypatch: pytest.MonkeyPat
             stream = await dial_kaspad(KaspadAddress("localhost", port), source)
             assert stream.socket.getpeername() == ("127.0.0.1", port)
             await stream.aclose()
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_a_name_that_does_not_resolve(
+    silent: bool, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    async def resolve(*_: Any, **__: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        if silent:
+            await trio.sleep_forever()
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(trio.socket, "getaddrinfo", resolve)
+    with pytest.raises(JoinFailed) as failed:
+        await dial_kaspad(KaspadAddress("kaspad.example"), None)
+    assert failed.value.ended.reason is End.UNREACHABLE
+    why = "no answer within 1 s" if silent else "Name or service not known"
+    assert failed.value.ended.text == f"kaspad.example does not resolve: {why}"
 
 
 async def test_a_pool_that_is_not_ours_is_told(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -24,7 +24,11 @@ from kas_libp2p.metadata import PeerId
 from kas_libp2p.node import Node, open_node
 from tests.network import MemoryInternet
 
+T = TypeVar("T")
+
 NETWORK = "kaspa-simnet"
+KASPAD = "127.0.0.1:1"
+"""Where the bridges are told that theirs is. One looks there by TCP at times, and nothing must listen."""
 
 
 class Kaspad:
@@ -151,6 +155,10 @@ class World:
         kaspad = kaspad or await self.kaspad()
         return await self._stack.enter_async_context(self._machine(self._count, kaspad, settings))
 
+    async def enter(self, manager: AbstractAsyncContextManager[T]) -> T:
+        """Have something else in this world, until its end."""
+        return await self._stack.enter_async_context(manager)
+
     @asynccontextmanager
     async def _machine(self, number: int, kaspad: Kaspad, given: dict[str, Any]) -> AsyncIterator[Machine]:
         ip = f"10.0.0.{number}"
@@ -159,8 +167,9 @@ class World:
             **{
                 "data_dir": self.folder / str(number),
                 "listen": (f"/ip4/{ip}/tcp/16117",),
-                "kaspad": "127.0.0.1:16511",
+                "kaspad": KASPAD,
                 "rpc": "off",
+                "port_mapping": False,  # this machine's real router is none of theirs
             }
             | given
         )

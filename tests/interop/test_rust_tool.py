@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from tests.command import COMMAND, events_of
-from tests.interop.rust_peer import PATIENCE, Json, RustPeer
+from tests.interop.peer import PATIENCE, Json, Peer
 
 
 async def tool(*arguments: str | Path) -> tuple[int, list[Json]]:
@@ -31,7 +31,7 @@ def only(events: list[Json], name: str) -> Json:
 class TestDialing:
     """We dial."""
 
-    async def test_dial(self, rust: RustPeer) -> None:
+    async def test_dial(self, rust: Peer) -> None:
         code, events = await tool("dial", rust.address, "--ping", "1")
         assert code == 0, events
         connected = only(events, "connected")
@@ -43,13 +43,13 @@ class TestDialing:
         assert (seen["peer"], seen["direction"]) == (only(events, "started")["peer_id"], "inbound")
         assert (await rust.wait("disconnected"))["left"] == 0
 
-    async def test_perf(self, rust: RustPeer) -> None:
+    async def test_perf(self, rust: Peer) -> None:
         code, events = await tool("perf", rust.address, "--upload", "8MiB", "--download", "8MiB")
         assert code == 0, events
         summary = only(events, "perf-summary")
         assert (summary["uploaded"], summary["downloaded"]) == (8 << 20, 8 << 20)
 
-    async def test_wrong_peer(self, rust: RustPeer) -> None:
+    async def test_wrong_peer(self, rust: Peer) -> None:
         wrong = "12D3KooWDxzbYi9JivZZxT7StM3pGGw1DMshva24XZTYKiUNLEdV"
         code, events = await tool("ping", rust.address.replace(rust.peer, wrong))
         assert code == 4
@@ -89,7 +89,7 @@ async def until(told: trio.MemoryReceiveChannel[Json], name: str, **fields: obje
 class TestListening:
     """The Rust peer dials."""
 
-    async def test_connect_ping_leave(self, rust: RustPeer) -> None:
+    async def test_connect_ping_leave(self, rust: Peer) -> None:
         async with listening() as (address, told):
             await rust.order("connect", addr=address)
             opened = await until(told, "connection-opened", peer=rust.peer)
@@ -99,7 +99,7 @@ class TestListening:
             await rust.order("disconnect")
             await until(told, "connection-closed", peer=rust.peer)
 
-    async def test_perf(self, rust: RustPeer) -> None:
+    async def test_perf(self, rust: Peer) -> None:
         async with listening() as (address, told):
             await rust.order("connect", addr=address)
             await rust.order("perf", upload=8 << 20, download=8 << 20)

@@ -6,7 +6,7 @@ from collections import deque
 
 import trio
 
-from kas_libp2p.errors import StreamReset
+from kas_libp2p.errors import SessionLost, StreamReset
 from kas_libp2p.metadata import DIRECT, Dialect, Direction, OverlayStream, PeerId, TransportMetadata
 
 ALICE = PeerId("12D3KooWAlice")
@@ -25,6 +25,7 @@ class _Way:
         self.chunks: deque[tuple[float, bytes]] = deque()
         self.size = 0
         self.total = 0
+        self.arrived = 0
         self.free_at = 0.0
         self.eof = False
         self.lot = trio.lowlevel.ParkingLot()
@@ -44,9 +45,15 @@ class MemoryOverlay(OverlayStream):
 
     Attributes:
         was_reset: whether this end was reset, from here.
+        watched: whether it finds out by itself that its path hangs, as a session does.
+        gap_count: how often it was without a path, if it is one.
+        lost: why it is over, if it is one.
     """
 
-    def __init__(self, incoming: _Way, outgoing: _Way, metadata: TransportMetadata) -> None:
+    def __init__(self, incoming: _Way, outgoing: _Way, metadata: TransportMetadata, watched: bool = False) -> None:
+        self.watched = watched
+        self.gap_count = 0
+        self.lost: SessionLost | None = None
         self.incoming = incoming
         self.outgoing = outgoing
         self._metadata = metadata
@@ -58,7 +65,35 @@ class MemoryOverlay(OverlayStream):
     def metadata(self) -> TransportMetadata:
         return self._metadata
 
+    @property
+    def delivered(self) -> int:
+        way, now = self.outgoing, trio.current_time()
+        if not way.hung:
+            way.arrived = way.total - sum(len(data) for at, data in way.chunks if at > now)
+        return way.arrived
+
+    @property
+    def watches_paths(self) -> bool:
+        return self.watched
+
+    @property
+    def gaps(self) -> int:
+        return self.gap_count
+
+    @property
+    def over(self) -> bool:
+        ended = self.closed or self.incoming.eof or self.incoming.reset_by is not None
+        return self.lost is not None or (ended and not self.watched)
+
+    def lose(self, code: str, reason: str, *, by_peer: bool = False) -> None:
+        """End it as a session ends. Whoever waits finds out in its next turn."""
+        self.lost = SessionLost(reason, code=code, by_peer=by_peer)
+        for way in (self.incoming, self.outgoing):
+            way.lot.unpark_all()
+
     def _check(self, way: _Way) -> None:
+        if self.lost is not None:
+            raise SessionLost(str(self.lost), code=self.lost.code, by_peer=self.lost.by_peer)
         if self.closed:
             raise trio.ClosedResourceError("closed here")
         if way.reset_by is self or (way.reset_by is not None and not way.hung):
@@ -142,6 +177,7 @@ def overlay_pair(
     protocol: str = Dialect.MESSAGES,
     opener: PeerId = ALICE,
     acceptor: PeerId = BOB,
+    watched: bool = False,
 ) -> tuple[MemoryOverlay, MemoryOverlay]:
     """The opener's end and the acceptor's.
 
@@ -149,6 +185,7 @@ def overlay_pair(
         window: bytes that may be under way in one direction.
         delay: seconds one way.
         rate: bytes per second; ``None`` for as fast as can be.
+        watched: see `MemoryOverlay`.
     """
     there, back = _Way(window, delay, rate), _Way(window, delay, rate)
 
@@ -166,6 +203,6 @@ def overlay_pair(
         )
 
     return (
-        MemoryOverlay(back, there, metadata(acceptor, Direction.OUTBOUND)),
-        MemoryOverlay(there, back, metadata(opener, Direction.INBOUND)),
+        MemoryOverlay(back, there, metadata(acceptor, Direction.OUTBOUND), watched),
+        MemoryOverlay(there, back, metadata(opener, Direction.INBOUND), watched),
     )

@@ -1,7 +1,12 @@
 """gRPC on HTTP/2: the two ends against each other, and against peers that break the rules."""
 
 import gzip
+import random
+import select
+import socket
 import tracemalloc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -10,19 +15,29 @@ from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import ConnectionTerminated, DataReceived, ResponseReceived, TrailersReceived
 from hyperframe.frame import GoAwayFrame
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import memory_stream_pair
 
 from kas_libp2p.errors import ConnectionLost, GrpcError, KasError, RemoteProtocolError
-from kas_libp2p.kaspa._grpc import P2P_PATH, PIECE_COST, GrpcMachine, GrpcSettings
-from kas_libp2p.kaspa.channel import BATCH, Piece, running
-from kas_libp2p.kaspa.grpc import LINGER, GrpcChannel
+from kas_libp2p.kaspa._grpc import COLLECTED, P2P_PATH, PIECE_COST, GrpcMachine, GrpcSettings
+from kas_libp2p.kaspa._liveness import ANSWER_WITHIN, PROBE_AFTER
+from kas_libp2p.kaspa.channel import BATCH, PackedPiece, PathHung, Piece, running
+from kas_libp2p.kaspa.dialect import REFERENCE
+from kas_libp2p.kaspa.grpc import LINGER, LOOK_EVERY, GrpcChannel
+from kas_libp2p.kaspa.tcp import KaspadStream
+
+from .overlay import MemoryOverlay, overlay_pair
 
 
 def machines(**changes: object) -> tuple[GrpcMachine, GrpcMachine]:
     settings = GrpcSettings(**changes)  # type: ignore[arg-type]
     return GrpcMachine(client=True, settings=settings, now=0), GrpcMachine(client=False, settings=settings, now=0)
+
+
+def noise(size: int) -> bytes:
+    """What gzip makes no smaller."""
+    return random.Random(size).randbytes(size)
 
 
 def exchange(left: GrpcMachine, right: GrpcMachine, chunk: int = 1 << 20) -> None:
@@ -47,7 +62,6 @@ def whole(pieces: list[Piece]) -> list[bytes]:
     return [bytes(each) for each in messages]
 
 
-@settings(deadline=None)
 @given(
     messages=st.lists(st.binary(max_size=400), max_size=20),
     big=st.integers(0, 200_000),
@@ -59,7 +73,7 @@ def test_messages_come_out_as_they_went_in_however_the_bytes_are_cut(
 ) -> None:
     client, server = machines(gzip=packed)
     messages = [*messages, bytes(big)]
-    client.send([Piece.of(each) for each in messages])
+    client.send([Piece.of(each) for each in messages], 0)
     client.send_eof()
     got: list[Piece] = []
     while not server.ended:
@@ -72,7 +86,7 @@ def test_messages_come_out_as_they_went_in_however_the_bytes_are_cut(
 
 def test_a_reader_that_does_not_read_stops_the_peer_after_one_window() -> None:
     client, server = machines(stream_window=1 << 20, connection_window=1 << 20)
-    client.send([Piece.of(bytes(8 << 20))])
+    client.send([Piece.of(bytes(8 << 20))], 0)
     exchange(client, server)
     assert BATCH <= server.waiting <= (1 << 20) + BATCH
     assert client.queued > 6 << 20
@@ -84,13 +98,11 @@ def test_a_reader_that_does_not_read_stops_the_peer_after_one_window() -> None:
 
 
 def test_a_packed_message_larger_than_the_window_gets_through() -> None:
-    import random
-
-    message = random.Random(1).randbytes(3 << 20)
+    message = noise(3 << 20)
     client, server = machines(gzip=True, stream_window=1 << 20, connection_window=1 << 20)
     server_pieces: list[Piece] = []
     exchange(client, server)
-    client.send([Piece.of(message)])
+    client.send([Piece.of(message)], 0)
     exchange(client, server)
     server_pieces += server.take(1 << 30)
     assert whole(server_pieces) == [message]
@@ -201,10 +213,92 @@ async def test_silence_is_pinged_and_then_given_up(autojump_clock: trio.abc.Cloc
     channel = GrpcChannel.client(left, keepalive=30, keepalive_timeout=10)
     async with running(channel):
         begun = trio.current_time()
-        with pytest.raises(ConnectionLost, match="ping within 10 s"):
+        with pytest.raises(ConnectionLost, match=r"nothing came for 40\.0 s"):
             await channel.receive()
         assert trio.current_time() - begun == pytest.approx(40)
     await right.aclose()
+
+
+@asynccontextmanager
+async def reference(*pair: MemoryOverlay) -> AsyncIterator[list[GrpcChannel]]:
+    """Two ends that speak as kaspad's overlay does; a message has gone each way."""
+    left, right = (make(end, settings=REFERENCE) for make, end in zip(MAKERS, pair, strict=True))
+    async with running(left), running(right):
+        for one, other in ((left, right), (right, left)):
+            await one.send(b"hello")
+            assert await other.receive() == b"hello"
+        yield [left, right]
+
+
+MAKERS = (GrpcChannel.client, GrpcChannel.server)
+
+
+async def listen(channel: GrpcChannel) -> float:
+    """When the path was found to hang."""
+    with pytest.raises(PathHung, match="nothing came for"):
+        async for _ in channel:
+            pass
+    return trio.current_time()
+
+
+@pytest.mark.parametrize("queued", [0, 8 << 20], ids=["nothing queued", "more queued than fits"])
+async def test_a_path_that_hangs_while_data_is_owed_is_found_within_seconds(
+    queued: int, autojump_clock: trio.abc.Clock
+) -> None:
+    """The other end is a foreign one as far as we know: it says nothing but what HTTP/2 has it say."""
+    left, right = overlay_pair(delay=0.2)
+    async with reference(left, right) as (one, other), trio.open_nursery() as nursery:
+        nursery.start_soon(listen, other)
+        await trio.sleep(30)  # quiet and well: nobody gives up
+        left.hang()
+        hung_at = trio.current_time()
+        if queued:
+            nursery.start_soon(send_in_vain, one, noise(queued))
+        assert await listen(one) - hung_at <= PROBE_AFTER + ANSWER_WITHIN + 0.5 + LOOK_EVERY
+    assert left.was_reset
+    assert right.was_reset
+
+
+async def send_in_vain(channel: GrpcChannel, message: bytes) -> None:
+    with pytest.raises(PathHung):
+        await channel.send(message)
+
+
+async def test_a_slow_path_with_a_deep_queue_is_alive_until_it_hangs(autojump_clock: trio.abc.Clock) -> None:
+    left, right = overlay_pair(window=1 << 20, rate=50_000)  # a ping waits twenty seconds
+    async with reference(left, right) as (one, other), trio.open_nursery() as nursery:
+        begun = trio.current_time()
+        nursery.start_soon(one.send, noise(1 << 20))
+        assert len(await other.receive() or b"") == 1 << 20
+        assert trio.current_time() - begun > 20
+        nursery.start_soon(listen, other)
+        nursery.start_soon(send_in_vain, one, noise(3 << 20))
+        await trio.sleep(10)
+        left.hang()
+        hung_at = trio.current_time()
+        assert await listen(one) - hung_at <= PROBE_AFTER + ANSWER_WITHIN + LOOK_EVERY
+
+
+async def test_an_idle_path_that_hangs_is_found_too(autojump_clock: trio.abc.Clock) -> None:
+    left, right = overlay_pair()
+    async with reference(left, right) as (one, other), trio.open_nursery() as nursery:
+        nursery.start_soon(listen, other)
+        await trio.sleep(1000)
+        before = left.outgoing.total
+        await trio.sleep(300)
+        assert left.outgoing.total - before <= 2 * 10 * 17, "a ping or an answer each half minute"
+        left.hang()
+        hung_at = trio.current_time()
+        assert await listen(one) - hung_at <= REFERENCE.keepalive + ANSWER_WITHIN + LOOK_EVERY
+
+
+async def test_a_peer_that_reads_nothing_is_alive(autojump_clock: trio.abc.Clock) -> None:
+    async with reference(*overlay_pair()) as (one, _), trio.open_nursery() as nursery:
+        nursery.start_soon(one.send, noise(10 << 20))
+        with trio.move_on_after(60) as scope:
+            await one.receive()
+        assert scope.cancelled_caught
+        nursery.cancel_scope.cancel()
 
 
 async def test_two_living_ends_keep_each_other_for_hours(autojump_clock: trio.abc.Clock) -> None:
@@ -287,6 +381,53 @@ def test_a_bomb_is_unpacked_as_it_is_taken_by_steps_and_without_memory() -> None
     assert whole(foreign.server.take(BATCH)) == [b"and on"]
 
 
+def passing(**changes: object) -> tuple[Foreign, GrpcMachine, GrpcMachine]:
+    """A foreign client, the end that it calls, and, what passes on from there: a client, and its server."""
+    foreign = Foreign(**changes)  # type: ignore[arg-type]
+    client, server = machines(passes_gzip=True)
+    exchange(client, server)
+    assert client.takes_packed
+    foreign.server.gives_packed = True
+    return foreign, client, server
+
+
+def test_a_large_packed_message_streams_through_as_it_is() -> None:
+    message = noise(5 << 20)
+    foreign, client, server = passing(max_message=6 << 20)
+    packed = gzipped(message)
+    held = 0
+    got: list[Piece] = []
+    for start in range(0, len(packed), 32 * 1024):
+        assert foreign.say(packed[start : start + 32 * 1024]) is None
+        while pieces := foreign.server.take(BATCH):
+            assert {type(each) for each in pieces} == {PackedPiece}
+            client.send(pieces, 0)
+        held = max(held, foreign.server.waiting + client.queued)
+        exchange(client, server)
+        got += server.take(BATCH)
+    assert held < 2 * COLLECTED, "nobody held all of it"
+    while server.waiting or server.busy:
+        got += server.take(BATCH)
+    assert whole(got) == [message]
+    assert foreign.say(gzipped(b"and on")) is None
+    assert whole(foreign.server.take(BATCH)) == [b"and on"], "a small one is unpacked"
+
+
+@pytest.mark.parametrize("part", ["bomb", "damaged"])
+def test_what_must_not_be_unpacked_never_passes_to_its_end(part: str) -> None:
+    foreign, _, _ = passing(max_message=2_000_000)
+    content = noise(1_000_000) + (bytes(8 << 20) if part == "bomb" else b"")
+    packed = bytearray(gzipped(content))
+    packed[-1] ^= part == "damaged"
+    for start in range(0, len(packed), 16384):
+        foreign.say(bytes(packed[start : start + 16384]))
+        passed = foreign.server.take(BATCH)
+        while foreign.server.busy:
+            passed += foreign.server.take(BATCH)
+        assert all(piece.remaining for piece in passed)
+    assert isinstance(foreign.server.error, RemoteProtocolError)
+
+
 def test_tiny_messages_that_nobody_reads_make_no_objects() -> None:
     foreign = Foreign()
     said = b"\0\0\0\0\1x" * 2000 + bytes(5) * 2000
@@ -341,7 +482,7 @@ def test_who_breaks_the_rules_of_grpc_is_told() -> None:
 def test_a_peer_that_says_goodbye_still_says_its_status(status: str, wanted: type[KasError] | None) -> None:
     client, server = machines()
     exchange(client, server)
-    server.send([Piece.of(b"last")])
+    server.send([Piece.of(b"last")], 0)
     server.send_eof(int(status))
     data = server.data_to_send(1 << 20)
     client.receive(goaway(last=1) + data, 0)
@@ -425,3 +566,59 @@ async def test_taking_what_waited_lets_the_peer_go_on(autojump_clock: trio.abc.C
             await trio.testing.wait_all_tasks_blocked()
             assert client._machine.queued > 4 << 20  # the window is full
             assert len(await server.receive() or b"") == 8 << 20
+
+
+# -- Towards kaspad, over TCP ------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def over_tcp(**settings: int) -> AsyncIterator[tuple[GrpcChannel, GrpcChannel, socket.socket]]:
+    """A client as the bridge has it, a server, and the server's socket. Both have said their first words."""
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    async with (
+        running(GrpcChannel.client(KaspadStream(trio.socket.from_stdlib_socket(ours)))) as client,
+        running(GrpcChannel.server(trio.SocketStream(trio.socket.from_stdlib_socket(theirs)), **settings)) as server,
+    ):
+        await client.send(b"version")
+        assert await server.receive() == b"version"
+        await server.send(b"version")
+        assert await client.receive() == b"version"
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        yield client, server, theirs
+
+
+async def test_a_message_leaves_in_the_turn_of_who_sends() -> None:
+    async with over_tcp() as (client, server, theirs):
+        for _ in range(3):
+            await client.send(b"inv")
+            assert select.select([theirs], (), (), 0)[0]
+            assert await server.receive() == b"inv"
+            await trio.testing.wait_all_tasks_blocked(0.01)
+
+
+async def test_what_the_socket_does_not_take_at_once_follows_whole_and_in_order() -> None:
+    sent = [noise(size) for size in (100, 70_000, 3_000_000, 1, 0, 200_000, 50)]
+    async with over_tcp(stream_window=65535) as (client, server, _), trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            for number, message in enumerate(sent):
+                with trio.CancelScope() as scope:
+                    if number % 2:
+                        scope.cancel()  # it is queued nevertheless
+                    await client.send(message)
+
+        nursery.start_soon(send)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        for message in sent:
+            assert await server.receive() == message
+
+
+async def test_a_kaspad_that_has_gone_is_noticed_by_who_sends() -> None:
+    async with over_tcp() as (client, _, theirs):
+        theirs.shutdown(socket.SHUT_RDWR)
+        await client.send(b"inv")
+        with pytest.raises(ConnectionLost):
+            await client.receive()
+        with pytest.raises(ConnectionLost):
+            await client.send(b"inv")

@@ -8,12 +8,12 @@ import tracemalloc
 import zlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kas_libp2p.errors import RemoteProtocolError
-from kas_libp2p.kaspa._gunzip import KEPT, STEP, Unpacker
-from kas_libp2p.kaspa.channel import Piece
+from kas_libp2p.kaspa._gunzip import KEPT, STEP, Passer, Unpacker
+from kas_libp2p.kaspa.channel import PackedPiece, Piece
 
 LIMIT = 64 << 20
 EMPTY_BLOCK = b"\0\0\0\xff\xff"
@@ -33,6 +33,17 @@ def unpack(packed: bytes, room: int = 1 << 20, limit: int = LIMIT) -> list[Piece
     return pieces
 
 
+def let_pass(packed: bytes, part: int = 1 << 20, limit: int = LIMIT) -> list[Piece]:
+    passer = Passer(len(packed), limit)
+    pieces: list[Piece] = []
+    for start in range(0, len(packed), part):
+        passer.feed(memoryview(packed)[start : start + part])
+        while (piece := passer.step(1 << 20)) is None:
+            assert 0 < passer.cost <= 4 * STEP
+        pieces.append(piece)
+    return pieces
+
+
 def message_of(pieces: list[Piece]) -> bytes:
     message = b"".join(piece.data for piece in pieces)
     at = 0
@@ -43,7 +54,6 @@ def message_of(pieces: list[Piece]) -> bytes:
     return message
 
 
-@settings(deadline=None)
 @given(
     parts=st.lists(st.binary(max_size=300) | st.integers(0, 400_000).map(bytes), max_size=6),
     room=st.integers(1, 300) | st.integers(1000, 300_000),
@@ -52,6 +62,18 @@ def message_of(pieces: list[Piece]) -> bytes:
 def test_what_went_in_comes_out_in_pieces_that_say_the_size(parts: list[bytes], room: int, level: int) -> None:
     message = b"".join(parts)
     assert message_of(unpack(gzip.compress(message, level), max(room, len(message) // 1000 + 1))) == message
+
+
+@given(
+    parts=st.lists(st.binary(max_size=300) | st.integers(0, 400_000).map(bytes), max_size=6),
+    cut=st.integers(1, 300) | st.integers(1000, 300_000),
+    level=st.integers(0, 9),
+)
+def test_what_passes_is_not_changed(parts: list[bytes], cut: int, level: int) -> None:
+    packed = gzip.compress(b"".join(parts), level)
+    pieces = let_pass(packed, max(cut, len(packed) // 1000 + 1))
+    assert message_of(pieces) == packed
+    assert {type(each) for each in pieces} == {PackedPiece}
 
 
 @pytest.mark.parametrize("size", [0, 1, KEPT - 1, KEPT, KEPT + 1, KEPT + STEP, 3 * KEPT + 7])
@@ -65,10 +87,12 @@ def test_below_and_above_what_is_kept(size: int, dense: bool) -> None:
 def test_the_limit_holds_to_the_byte(size: int) -> None:
     packed = gzip.compress(bytes(size))
     if size <= 100:
+        assert message_of(let_pass(packed, limit=100)) == packed
         assert len(message_of(unpack(packed, limit=100))) == size
     else:
-        with pytest.raises(RemoteProtocolError, match="more than 100 bytes"):
-            unpack(packed, limit=100)
+        for through in (unpack, let_pass):
+            with pytest.raises(RemoteProtocolError, match="more than 100 bytes"):
+                through(packed, limit=100)
 
 
 GOOD = gzip.compress(b"hello" * 100)
@@ -87,14 +111,19 @@ GOOD = gzip.compress(b"hello" * 100)
         pytest.param(zlib.compress(b"hello"), "damaged", id="zlib, not gzip"),
     ],
 )
-def test_what_is_no_gzip_is_the_peers_fault(packed: bytes, words: str) -> None:
+@pytest.mark.parametrize("part", [1, 7, 1 << 20])
+def test_what_is_no_gzip_is_the_peers_fault(packed: bytes, words: str, part: int) -> None:
     with pytest.raises(RemoteProtocolError, match=words):
         unpack(packed)
+    with pytest.raises(RemoteProtocolError, match=words):
+        let_pass(packed, part)
 
 
 def test_something_that_follows_far_behind_is_found() -> None:
     with pytest.raises(RemoteProtocolError, match="follows"):
         unpack(GOOD + bytes(10 * STEP))
+    with pytest.raises(RemoteProtocolError, match="follows"):
+        let_pass(GOOD + bytes(10 * STEP), STEP)
 
 
 def test_a_bomb_costs_time_by_steps_and_no_memory() -> None:

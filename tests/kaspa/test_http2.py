@@ -32,7 +32,6 @@ from kas_libp2p.kaspa._http2 import (
     Happening,
     HeadersCame,
     Http2,
-    PingAnswered,
     Reset,
     TrailersCame,
 )
@@ -193,7 +192,7 @@ a_window = st.integers(0, 300) | st.integers(0, 200_000)
 pages = st.integers(0, 500)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     client=st.booleans(),
     our_window=a_window,
@@ -254,7 +253,7 @@ def test_both_directions_whole_however_cut_and_whatever_windows(
     assert (ours.queued, ours.waiting, ours.finished) == (0, 0, True)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(junk=st.binary(max_size=300), client=st.booleans(), chunk=st.integers(1, 50))
 def test_junk_ends_in_broken_or_in_nothing(junk: bytes, client: bool, chunk: int) -> None:
     talk = Talk(client=client)
@@ -266,7 +265,7 @@ def test_junk_ends_in_broken_or_in_nothing(junk: bytes, client: bool, chunk: int
 frame_of_any_kind = st.builds(frame, st.integers(0, 11), st.integers(0, 255), st.integers(0, 3), st.binary(max_size=40))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(said=st.lists(frame_of_any_kind, max_size=30), client=st.booleans(), chunk=st.integers(1, 200))
 def test_any_frames_end_in_broken_or_in_nothing(said: list[bytes], client: bool, chunk: int) -> None:
     talk, data = Talk(client=client), b"".join(said)
@@ -668,7 +667,7 @@ def test_goaway_lets_the_stream_be_finished(client: bool) -> None:
     talk.say(frame(PING, 0, 0, b"12345678"))
     assert talk.heard() == [(PING, ACK, 0, b"12345678")]
     talk.ours.ping()
-    assert talk.say(frame(PING, ACK, 0, talk.heard()[0][3])) == [PingAnswered()]
+    assert talk.say(frame(PING, ACK, 0, talk.heard()[0][3])) == []
     talk.h2.send_headers(1, TRAILERS, end_stream=True)
     assert talk.say(frame(DATA, payload=b"the rest"), talk.h2.data_to_send()) == [
         TrailersCame({"grpc-status": "0"}),

@@ -3,7 +3,8 @@ from __future__ import annotations
 import socket
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from kas_libp2p.kaspa.join import (
     dial_kaspad,
 )
 from kas_libp2p.kaspa.sources import FixedSource, PoolSources
-from kas_libp2p.metadata import Dialect, PeerId
+from kas_libp2p.metadata import Dialect, Path, PathKind, PeerId
 
 from .overlay import ALICE, BOB, MemoryOverlay, overlay_pair
 from .test_messages import Said
@@ -285,6 +286,18 @@ async def test_garbage(autojump_clock: trio.testing.MockClock) -> None:
         assert close.code == CloseCode.PROTOCOL
         await trio.sleep(0.1)
         assert w.ends["b"].reason is End.PEER_BROKE
+
+
+async def test_a_peer_that_ends_a_plain_stream_behind_its_garbage_is_told_of_too(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with world() as w:
+        stream, _ = await by_hand(w)
+        await stream.send_all(encode(Hello()) + frame(Kind.MESSAGE, VERSION)[:20])
+        await stream.send_eof()
+        await trio.sleep(0.1)
+        assert w.ends["b"].reason is End.PEER_BROKE
+        assert w.events.counts["peer-misbehaved", "messages"] == 1
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -564,6 +577,27 @@ async def test_a_peer_that_comes_again_while_all_is_well_is_a_duplicate(
         assert w.b.ready
 
 
+async def test_a_peer_that_left_may_come_again_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    async with world() as w:
+
+        async def in_no_hurry(channel: MemoryChannel) -> None:
+            await handshake(channel, w.b.hello)
+            w.b.ready.append(channel)
+            await trio.sleep_forever()
+
+        w.b.behave = in_no_hurry
+        w.join(delay=0.05, protocol=Dialect.HTTP2)
+        await w.until_ready()
+        w.joiner_a.disconnect(BOB)
+        await w.joined_a.wait_ended()
+        await trio.sleep(0.06)
+        assert w.joined_b.leaving, "its kaspad may still say why"
+        w.join(delay=0.05, protocol=Dialect.HTTP2)
+        await trio.sleep(2)
+        assert w.joined_a.ready_at is not None
+        assert w.joined_b.ready_at is not None
+
+
 async def test_a_peer_that_lost_its_path_may_come_again_before_we_noticed(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -579,6 +613,90 @@ async def test_a_peer_that_lost_its_path_may_come_again_before_we_noticed(
         await w.until_ready()
         assert len(w.b.ready) == 1
         assert w.b.opened == ["127.1.0.1", "127.1.0.1"]
+
+
+async def test_a_newer_stream_does_not_wait_for_what_its_relayed_one_can_not_send(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with world() as w:
+        left, right = w.join(delay=0.05)
+        await w.until_ready()
+        for end in (left, right):
+            end._metadata = replace(end._metadata, path=Path(PathKind.RELAYED, PeerId("12D3KooWRelay")))
+        right.incoming.hung = True
+
+        async def too_much() -> None:
+            with suppress(KasError):
+                await w.a.ready[0].send(b"\x82\x01\x00" + bytes(600_000))
+
+        w.nursery.start_soon(too_much)
+        await trio.sleep(0.5)
+        began = trio.current_time()
+        w.join(delay=0.05)
+        await trio.sleep(0.1)
+        await w.until_ready()
+        assert w.joined_a.moved
+        assert w.joined_b.moved
+        assert trio.current_time() - began < 0.6
+
+
+# -- Sessions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "by_peer", "ended"),
+    [
+        ("lost", False, Ended(End.PATH_LOST, Side.PATH, "no path for 30 s")),
+        ("timeout", False, Ended(End.PATH_LOST, Side.PATH, "no path for 30 s")),
+        ("lost", True, Ended(End.PATH_LOST, Side.PATH, "no path for 30 s")),
+        ("restarted", False, Ended(End.PEER_RESTARTED, Side.PEER, "no path for 30 s")),
+        ("unknown", True, Ended(End.PEER_RESTARTED, Side.PEER, "no path for 30 s")),
+        ("stopped", True, Ended(End.PEER_STOPPED, Side.PEER, "no path for 30 s")),
+        ("stopped", False, Ended(End.STOPPED, Side.US, "no path for 30 s")),
+        ("refused", True, Ended(End.REFUSED, Side.PEER, "no path for 30 s")),
+        ("refused", False, Ended(End.REFUSED, Side.US, "no path for 30 s")),
+        ("busy", True, Ended(End.PEER_BUSY, Side.PEER, "no path for 30 s")),
+        ("protocol", False, Ended(End.PEER_BROKE, Side.PEER, "no path for 30 s")),
+        ("protocol", True, Ended(End.PEER_CLOSED, Side.PEER, "no path for 30 s")),
+    ],
+)
+async def test_a_session_that_ends_says_why(
+    code: str, by_peer: bool, ended: Ended, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with world() as w:
+        left, _ = w.join(watched=True)
+        await w.until_ready()
+        assert w.joined_a.moves_itself
+        left.lose(code, "no path for 30 s", by_peer=by_peer)
+        await trio.sleep(1)
+        assert w.ends["a"] == ended
+        assert w.a.ready == []
+        assert not w.events.counts["peer-misbehaved", "messages"], "the session tells that itself"
+
+
+async def test_a_peer_that_started_anew_takes_the_place_of_what_it_was(autojump_clock: trio.testing.MockClock) -> None:
+    """Its new session ends the old one in the same moment: who notices first makes no difference."""
+    async with world() as w:
+        left, right = w.join(watched=True)
+        await w.until_ready()
+        right.lose("restarted", "the peer has started anew")
+        again, theirs = overlay_pair(watched=True)
+        await w.joiner_b._admit(Joined(ALICE, theirs, Dialect.MESSAGES, False))
+        assert w.joiner_b.peers[ALICE].stream is theirs
+        assert w.ends["b"].reason is End.PEER_RESTARTED
+        del left, again
+
+
+async def test_what_moves_by_itself_is_not_replaced_as_it_is_relayed(autojump_clock: trio.testing.MockClock) -> None:
+    async with world() as w:
+        left, right = w.join(watched=True)
+        await w.until_ready()
+        for end in (left, right):
+            end._metadata = replace(end._metadata, path=Path(PathKind.RELAYED, PeerId("12D3KooWRelay")))
+        w.join()
+        await trio.sleep(1)
+        assert w.ends["a"].reason is End.DUPLICATE
+        assert w.joined_a.stream is left
 
 
 # -- By our own wish ---------------------------------------------------------------------------------------------------

@@ -141,6 +141,9 @@ def test_every_close_code_means_something_and_every_end_has_one() -> None:
         assert told_by_peer(code, "x").by is Side.PEER
     assert told_by_peer(77, "x") == Ended(End.PEER_CLOSED, Side.PEER, "x")
     assert told_by_peer(CloseCode.BUSY, "x") == Ended(End.PEER_BUSY, Side.PEER, "x")
+    assert told_by_peer(CloseCode.GOING_AWAY, "stopped") == Ended(End.PEER_STOPPED, Side.PEER)
+    assert told_by_peer(CloseCode.GOING_AWAY, "by the operator") == Ended(End.PEER_CLOSED, Side.PEER, "by the operator")
+    assert told_by_peer(CloseCode.STALLED, "no data taken for 30 s").reason is End.PEER_KASPAD
     assert told_by_peer(CloseCode.REJECTED, "peer is banned").reason is End.BANNED
     for end in End:
         assert close_code(end) in CloseCode
@@ -274,3 +277,22 @@ def test_a_peer_that_comes_again_replaces_a_stream_that_is_silent() -> None:
     assert choose(**common, old_pending=False, silence=0.5) is Rival.REFUSE  # type: ignore[arg-type]
     assert choose(**common, old_pending=False, silence=3.5) is Rival.REPLACE  # type: ignore[arg-type]
     assert choose(**common, old_pending=True, silence=0.5) is Rival.REFUSE  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("old_opener", [True, False])
+@pytest.mark.parametrize("new_opener", [True, False])
+@pytest.mark.parametrize("old_pending", [True, False])
+def test_a_stream_without_a_relay_replaces_one_through_a_relay(
+    old_opener: bool, new_opener: bool, old_pending: bool
+) -> None:
+    for ours, theirs in (("A", "B"), ("B", "A")):
+        rival = choose(
+            ours=ours,
+            theirs=theirs,
+            old_opener=old_opener,
+            new_opener=new_opener,
+            old_pending=old_pending,
+            silence=0,
+            from_relay=True,
+        )
+        assert rival is Rival.REPLACE

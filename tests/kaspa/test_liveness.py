@@ -83,7 +83,7 @@ def test_an_idle_connection_is_asked_rarely() -> None:
     assert len(early) == OWED_FOR / PROBE_AFTER - 1
     assert len(probes) - len(early) <= (300 - OWED_FOR) / IDLE_PROBE_AFTER + 2
     # What is sent now has to arrive: the silence before it was long enough to ask at once.
-    liveness.on_queued(now + 20)
+    liveness.on_moved(now + 20)
     assert liveness.next_deadline() == now + PROBE_AFTER
 
 
@@ -93,6 +93,17 @@ def test_a_process_that_stood_still_asks_again_before_it_judges() -> None:
     assert liveness.on_timeout(2.0) == [Act.PROBE]
     assert liveness.on_timeout(60.0) == [Act.PROBE]
     assert liveness.on_timeout(63.0) == [Act.HUNG]
+
+
+def test_who_sees_its_bytes_move_waits_for_the_answer() -> None:
+    liveness = Liveness(0.0)
+    liveness.on_reading(0.0)
+    assert liveness.on_timeout(2.0) == [Act.PROBE]
+    for second in range(3, 60):
+        liveness.on_delivered(1000 * second, second)
+        assert run(liveness, second + 0.9) == []
+    liveness.on_delivered(59_000, 60)
+    assert run(liveness, 100) == [(59 + ANSWER_WITHIN, Act.HUNG)]
 
 
 def test_impossible_acknowledgements() -> None:
@@ -125,7 +136,7 @@ def test_two_sides_that_answer_never_give_each_other_up(steps: list[tuple[float,
                 now += 0.5
         now = max(now, end)
         if what == "queued":
-            liveness.on_queued(now)
+            liveness.on_moved(now)
         elif what == "reading":
             liveness.on_reading(now)
         else:

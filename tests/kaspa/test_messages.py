@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kas_libp2p.errors import ConnectionLost, LocalProtocolError, RemoteProtocolError
+from kas_libp2p.errors import ConnectionLost, LocalProtocolError, RemoteProtocolError, SessionLost
 from kas_libp2p.kaspa import messages
 from kas_libp2p.kaspa._messages import (
     MAX_PLAIN,
@@ -28,8 +28,9 @@ from kas_libp2p.kaspa._messages import (
     encode_pieces,
     frame,
 )
-from kas_libp2p.kaspa.channel import HIGH_WATER, Piece
-from kas_libp2p.kaspa.messages import MessagesChannel, PathHung, PeerClosed, UploadCap
+from kas_libp2p.kaspa.channel import HIGH_WATER, PathHung, Piece
+from kas_libp2p.kaspa.messages import MessagesChannel, PeerClosed
+from kas_libp2p.kaspa.upload import UploadCap
 
 from .overlay import MemoryOverlay, overlay_pair
 from .test_channel import cut
@@ -218,6 +219,62 @@ async def test_small_messages_leave_together(autojump_clock: trio.testing.MockCl
         for index in range(1000):
             assert await receiver.receive() == b"inv %d" % index
     assert len(writes) <= 3
+
+
+class Prompt(MemoryOverlay):
+    """Takes small things at once, unless told otherwise."""
+
+    takes = True
+
+    def send_nowait(self, data: bytes) -> bool:
+        if not self.takes or len(data) >= self.outgoing.window - self.outgoing.size:
+            return False
+        self.outgoing.put(data)
+        return True
+
+
+@asynccontextmanager
+async def prompt(**options: object) -> AsyncIterator[tuple[Prompt, MessagesChannel, MessagesChannel]]:
+    """A stream that takes things at once, the channel on it, and the peer's. Both have said hello."""
+    left, right = overlay_pair(window=1000)
+    stream = Prompt(left.incoming, left.outgoing, left.metadata)
+    async with channels(stream, right, **options) as (sender, receiver):
+        await trio.testing.wait_all_tasks_blocked()
+        yield stream, sender, receiver
+
+
+async def test_a_message_leaves_in_the_turn_of_who_sends(autojump_clock: trio.testing.MockClock) -> None:
+    async with prompt() as (stream, sender, receiver):
+        before = stream.outgoing.total
+        await sender.send(b"inv")
+        assert stream.outgoing.total == before + 4 + 3 == sender.wire_sent
+        assert await receiver.receive() == b"inv"
+        await trio.sleep(3)  # the peer tells what it has, which is believed
+        await sender.send(b"again")
+        assert await receiver.receive() == b"again"
+
+
+async def test_what_does_not_leave_at_once_is_not_overtaken(autojump_clock: trio.testing.MockClock) -> None:
+    async with prompt() as (stream, sender, receiver):
+        sent = [b"small", bytes(3000), b"behind", bytes(2000), b"last"]
+        for message in sent[:3]:
+            await sender.send(message)
+        await trio.testing.wait_all_tasks_blocked()  # the writer waits for the window
+        for message in sent[3:]:
+            await sender.send(message)
+        for message in sent:
+            assert await receiver.receive() == message
+        stream.takes = False
+        await sender.send(b"by the writer")
+        assert await receiver.receive() == b"by the writer"
+
+
+async def test_under_an_upload_cap_the_writer_alone_writes(autojump_clock: trio.testing.MockClock) -> None:
+    async with prompt(upload=UploadCap(1000.0)) as (stream, sender, receiver):
+        before = stream.outgoing.total
+        await sender.send(bytes(100))
+        assert stream.outgoing.total == before
+        assert await receiver.receive() == bytes(100)
 
 
 async def test_limits_of_a_message(autojump_clock: trio.testing.MockClock) -> None:
@@ -458,6 +515,54 @@ async def test_an_impossible_acknowledgement(claims: list[int], autojump_clock: 
             await channel.receive()
 
 
+# -- Where the stream watches its paths --------------------------------------------------------------------------------
+
+
+async def test_nobody_asks_whether_the_path_lives(autojump_clock: trio.testing.MockClock) -> None:
+    """A session does that: here nothing is sent but messages, and no path is given up."""
+    left, right = overlay_pair(watched=True)
+    async with channels(left, right) as (one, other), trio.open_nursery() as nursery:
+        await receiver_knows(one, other)
+        nursery.start_soon(one.receive)
+        nursery.start_soon(other.receive)
+        before = left.outgoing.total, right.outgoing.total
+        await trio.sleep(1000)
+        assert (left.outgoing.total, right.outgoing.total) == before
+        left.hang()
+        await one.send(b"request")
+        await trio.sleep(100)
+        assert not left.was_reset
+        assert not right.was_reset
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_end_of_the_session_keeps_its_kind(autojump_clock: trio.testing.MockClock) -> None:
+    left, right = overlay_pair(watched=True)
+    async with channels(left, right) as (one, _), trio.open_nursery() as nursery:
+
+        async def read() -> None:
+            with pytest.raises(SessionLost, match="no path for 30 s") as caught:
+                await one.receive()
+            assert (caught.value.code, caught.value.by_peer) == ("lost", False)
+
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+        left.lose("lost", "no path for 30 s")
+    with pytest.raises(SessionLost, match="no path for 30 s"):
+        await one.send(b"more")
+
+
+async def test_gaps_are_the_streams(autojump_clock: trio.testing.MockClock) -> None:
+    left, right = overlay_pair(watched=True)
+    async with channels(left, right) as (one, _):
+        left.gap_count = 3
+        assert one.gaps == 3
+    plain, _ = overlay_pair()
+    plain.gap_count = 3
+    async with against(plain) as channel:
+        assert channel.gaps == 0
+
+
 # -- Compression -------------------------------------------------------------------------------------------------------
 
 
@@ -465,10 +570,12 @@ def compressible(count: int) -> list[bytes]:
     return [(b"block %d " % index) * 1500 for index in range(count)]
 
 
-async def transfer(rate: float | None, count: int, **options: object) -> tuple[float, MessagesChannel, MessagesChannel]:
+async def transfer(
+    rate: float | None, count: int, watched: bool = False
+) -> tuple[float, MessagesChannel, MessagesChannel]:
     """Send messages over a link; the seconds it took, and both ends."""
     sent = compressible(count)
-    async with channels(*overlay_pair(window=128 * 1024, rate=rate), **options) as (sender, receiver):
+    async with channels(*overlay_pair(window=128 * 1024, rate=rate, watched=watched)) as (sender, receiver):
         await receiver_knows(sender, receiver)
         got = []
 
@@ -487,8 +594,9 @@ async def transfer(rate: float | None, count: int, **options: object) -> tuple[f
         return trio.current_time(), sender, receiver
 
 
-async def test_a_slow_link_is_packed_for(autojump_clock: trio.testing.MockClock) -> None:
-    seconds, sender, receiver = await transfer(200_000, 400)
+@pytest.mark.parametrize("watched", [False, True])
+async def test_a_slow_link_is_packed_for(watched: bool, autojump_clock: trio.testing.MockClock) -> None:
+    seconds, sender, receiver = await transfer(200_000, 400, watched)
     plain = sum(map(len, compressible(400)))
     assert sender.packing is not None
     assert sender.packing.on
@@ -497,8 +605,9 @@ async def test_a_slow_link_is_packed_for(autojump_clock: trio.testing.MockClock)
     assert seconds < plain / 200_000 / 2
 
 
-async def test_a_fast_link_is_not(autojump_clock: trio.testing.MockClock) -> None:
-    _, sender, receiver = await transfer(None, 400)
+@pytest.mark.parametrize("watched", [False, True])
+async def test_a_fast_link_is_not(watched: bool, autojump_clock: trio.testing.MockClock) -> None:
+    _, sender, receiver = await transfer(None, 400, watched)
     assert sender.packing is not None
     assert not sender.packing.on
     assert receiver.wire_received > receiver.bytes_received
@@ -562,34 +671,3 @@ async def test_packed_messages_are_given_a_batch_at_a_time(autojump_clock: trio.
             batch = sum(len(piece.data) for piece in await channel.receive_pieces())
             assert batch <= 256 * 1024
             total += batch
-
-
-# -- Upload cap --------------------------------------------------------------------------------------------------------
-
-
-async def test_the_upload_cap_is_kept_and_shared(autojump_clock: trio.testing.MockClock) -> None:
-    cap = UploadCap(100_000, burst=20_000)
-    async with trio.open_nursery() as nursery:
-        taken: dict[int, list[float]] = {0: [], 1: []}
-        for index in range(2):
-            left, right = overlay_pair()
-            sender, receiver = MessagesChannel(left, upload=cap), MessagesChannel(right)
-            await nursery.start(sender.run)
-            await nursery.start(receiver.run)
-
-            async def send(sender: MessagesChannel = sender) -> None:
-                for _ in range(50):
-                    await sender.send(bytes(10_000))
-
-            async def receive(receiver: MessagesChannel = receiver, index: int = index) -> None:
-                for _ in range(50):
-                    await receiver.receive()
-                    taken[index].append(trio.current_time())
-                if len(taken[0]) == len(taken[1]) == 50:
-                    nursery.cancel_scope.cancel()
-
-            nursery.start_soon(send)
-            nursery.start_soon(receive)
-    for times in taken.values():
-        assert times[-1] == pytest.approx(9.8, abs=0.3)  # a megabyte, less the burst, both at the same pace
-        assert times[24] == pytest.approx(4.8, abs=0.4)

@@ -85,3 +85,16 @@ def test_the_busy_counter_may_wrap() -> None:
 def test_worth_sending() -> None:
     assert worth_sending(1000, 900)
     assert not worth_sending(1000, 950)
+
+
+def test_a_gap_says_nothing_about_the_link() -> None:
+    packing = Packing(0.0)
+    packing.on_waited(30.0)
+    packing.on_alive(100_000, 0, 30.0, gap=True)
+    assert not packing.on
+    packing.on_alive(100_000_000, 0, 31.0)
+    assert packing.rate is None
+    packing.on_waited(1.0)
+    packing.on_alive(101_000_000, 0, 32.0)
+    assert packing.rate == 1e6
+    assert packing.on

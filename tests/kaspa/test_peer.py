@@ -53,6 +53,29 @@ async def test_two_light_peers_meet_ping_and_exchange_blocks(gzip: bool) -> None
         assert [each.transactions[0].payload[:32] for each in got] == hashes
 
 
+@pytest.mark.parametrize("theirs", [9, 10, 11])
+@pytest.mark.parametrize("client", [True, False])
+async def test_every_version_that_is_spoken_meets_ours(client: bool, theirs: int) -> None:
+    ours, other = grpc_pair(gzip=True) if client else reversed(grpc_pair(gzip=True))
+    async with running(ours), running(other), trio.open_nursery() as nursery:
+        nursery.start_soon(handshake, other, Hello(network=NETWORK, protocol_version=theirs))
+        assert (await handshake(ours, Hello(network=NETWORK))).protocol_version == theirs
+
+
+async def test_a_version_that_is_too_old_is_refused_by_name() -> None:
+    ours, other = memory_channel_pair()
+    async with running(ours), running(other), trio.open_nursery() as nursery:
+
+        async def old() -> None:
+            with pytest.raises(HandshakeError, match="we speak 9 to 11, the peer 8") as caught:
+                await handshake(other, Hello(network=NETWORK, protocol_version=8))
+            assert caught.value.rejected
+
+        nursery.start_soon(old)
+        with pytest.raises(HandshakeError, match="version mismatch"):
+            await handshake(ours, Hello(network=NETWORK))
+
+
 async def test_what_a_node_may_ask_is_answered_and_the_rest_is_ignored() -> None:
     ours, theirs = memory_channel_pair()
     async with LightPeer(NETWORK) as light, trio.open_nursery() as nursery:

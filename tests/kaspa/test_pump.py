@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
+from trio.testing import memory_stream_pair
 
 from kas_libp2p.errors import ConnectionLost, GrpcError, LocalProtocolError
 from kas_libp2p.kaspa import p2p_pb2
-from kas_libp2p.kaspa.channel import BATCH, HIGH_WATER, MemoryChannel, Piece, memory_channel_pair
+from kas_libp2p.kaspa.channel import BATCH, HIGH_WATER, MemoryChannel, Piece, memory_channel_pair, running
+from kas_libp2p.kaspa.dialect import REFERENCE
+from kas_libp2p.kaspa.grpc import GrpcChannel
 from kas_libp2p.kaspa.messages import MessagesChannel
 from kas_libp2p.kaspa.pump import LINGER, Pump, PumpEnd, Stuck
 
@@ -247,4 +252,28 @@ async def test_through_two_pumps_and_the_dialect(autojump_clock: trio.testing.Mo
         nursery.start_soon(far.send, large)
         assert await far.receive() == large
         assert await near.receive() == large
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_large_compressed_message_passes_as_it_is(autojump_clock: trio.testing.MockClock) -> None:
+    """From a foreign peer, which packs whatever it says, to a kaspad: no bridge has to know how large it is."""
+    alice, left = (
+        make(end, settings=REFERENCE)
+        for make, end in zip((GrpcChannel.client, GrpcChannel.server), overlay_pair(), strict=True)
+    )
+    right, bob = (
+        make(end, passes_gzip=True)
+        for make, end in zip((GrpcChannel.client, GrpcChannel.server), memory_stream_pair(), strict=True)
+    )
+    message = bytes(1 << 20) + random.Random(1).randbytes(1 << 20)
+    async with running(alice), running(left), running(right), running(bob), trio.open_nursery() as nursery:
+        await alice.send(b"hello")  # and the request with it, which says what is understood
+        assert await left.receive() == b"hello"
+        pump = Pump(left, right)
+        nursery.start_soon(pump.run)
+        nursery.start_soon(alice.send, message)
+        assert await bob.receive() == message
+        assert 1 << 20 < pump.from_left.bytes < len(message)
+        nursery.start_soon(bob.send, message)
+        assert await alice.receive() == message
         nursery.cancel_scope.cancel()

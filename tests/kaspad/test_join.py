@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,8 +15,12 @@ from kas_bridge.simnet.measure import blocks_at, reach
 from kas_bridge.simnet.mine import Chain, Miner
 from kas_bridge.simnet.node import SimnetNode
 from kas_libp2p.errors import GrpcError
+from kas_libp2p.kaspa import p2p_pb2 as pb
+from kas_libp2p.kaspa._join import VERACK, VERSION, payload_number
+from kas_libp2p.kaspa.channel import BATCH, MAX_MESSAGE, PackedPiece, Piece, running
 from kas_libp2p.kaspa.grpc import GrpcChannel
 from kas_libp2p.kaspa.join import End, Ended, Joiner, KaspadAddress, Side, default_open_kaspad, dial_kaspad
+from kas_libp2p.kaspa.peer import LightPeer
 from kas_libp2p.kaspa.sources import FixedSource, PoolSources, Sources
 from kas_libp2p.metadata import Dialect, PeerId
 
@@ -106,6 +112,24 @@ async def test_a_chain_is_synced_and_new_blocks_follow(
             (mate,) = joiner.peers.values()
             assert mate.theirs is not None
             assert peer.id == mate.theirs.node_id
+
+
+async def test_a_message_that_stays_compressed_is_understood(make_node: MakeNode) -> None:
+    node = await make_node()
+    channel = await default_open_kaspad(KaspadAddress(node.host, node.p2p_port), None, MAX_MESSAGE)
+    assert channel.takes_packed
+    async with running(channel):
+        assert payload_number(await channel.receive() or b"") == VERSION
+        ours = pb.Version(protocolVersion=11, id=bytes(range(16)), userAgent="/test:1/", network="kaspa-simnet")
+        # A field that kaspad passes over: its key, its length, its content.
+        unknown = b"\xfa\x3f\xc0\x8d\xb7\x01" + random.Random(1).randbytes(3_000_000)
+        packed = gzip.compress(pb.KaspadMessage(version=ours).SerializeToString() + unknown)
+        for start in range(0, len(packed), BATCH):
+            part = packed[start : start + BATCH]
+            piece = PackedPiece(part, len(packed) - start - len(part), start == 0, len(packed))
+            await channel.send_pieces([piece])
+        with trio.fail_after(PLENTY):
+            assert payload_number(await channel.receive() or b"") == VERACK
 
 
 async def test_a_cut_and_a_new_stream_go_on_where_it_was(
@@ -218,4 +242,33 @@ async def test_too_many_pending_handshakes(make_node: MakeNode) -> None:
         nursery.start_soon(link.run)
         await link.ready()
         assert trio.current_time() - started < 3
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("gap", [False, True])
+async def test_a_backlog_does_not_cost_the_peer(gap: bool, make_node: MakeNode) -> None:
+    """kaspad ends a peer of which 256 messages wait for one of its parts. What comes at once after a gap is paced."""
+    node = await make_node()
+    joiner = joiner_of(node, BOB)
+    left, right = overlay_pair(window=4 << 20, protocol=Dialect.MESSAGES, watched=True)
+    ended: list[Ended] = []
+
+    async def carry() -> None:
+        ended.append(await joiner.carry(right))
+
+    async with LightPeer("kaspa-simnet") as light, trio.open_nursery() as nursery:
+        nursery.start_soon(carry)
+        with trio.fail_after(PLENTY):
+            peer = await light.handshake(left)
+            right.gap_count += gap
+            pings = [pb.KaspadMessage(ping=pb.Ping(nonce=n)).SerializeToString() for n in range(2000)]
+            await peer.channel.send_pieces([Piece.of(each) for each in pings])
+            if gap:
+                assert await peer.ping() < 30
+                assert not ended
+            else:
+                await peer.wait_ended()
+                while not ended:  # noqa: ASYNC110 - it is told by another task
+                    await trio.sleep(0.01)
+                assert ended[0].by is Side.KASPAD
         nursery.cancel_scope.cancel()

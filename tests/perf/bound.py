@@ -14,7 +14,7 @@ import trio
 
 from kas_libp2p.config import KIB, MIB
 from kas_libp2p.transport._noise import FULL_FRAME, MAX_PLAINTEXT, Opener, Sealer, sealed_size
-from kas_libp2p.transport._waiter import Waiter
+from kas_libp2p.transport.waiter import Waiter
 
 KEY = bytes(32)
 WINDOW = 16 * MIB

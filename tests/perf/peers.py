@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Protocol
 
 import trio
@@ -174,14 +175,17 @@ class Bound(Raw):
 
 
 class Ours:
-    """A node, with identify, ping and whatever else it does by itself."""
+    """A node, with identify and whatever else it does by itself."""
 
     def __init__(self, node: Any) -> None:
         self._node = node
         self._peer = ""
 
     async def listen(self) -> str:
-        await self._node.serve(serve_echo, ECHO)  # it serves perf already
+        from kas_libp2p import perf
+
+        await self._node.serve(perf.handle, perf.ID)
+        await self._node.serve(serve_echo, ECHO)
         address: str = self._node.addresses[0]
         return address
 
@@ -272,7 +276,7 @@ async def our_peer(listen: bool, many: bool) -> AsyncIterator[Peer]:
     from kas_libp2p import Config, open_node
     from kas_libp2p.config import Limits
 
-    limits = Limits(max_connections=MANY, max_inbound=MANY, max_per_peer=MANY, idle_timeout=FOREVER)
+    limits = Limits(max_connections=MANY, max_inbound=MANY, max_outbound=MANY, max_per_peer=MANY, idle_timeout=FOREVER)
     config = Config(listen=(LOOPBACK,) if listen else (), limits=limits if many else Limits())
     async with open_node(config) as node:
         yield Ours(node)
@@ -335,22 +339,26 @@ async def act(peer: Any, order: Json) -> Json:
             raise ValueError(f"unknown order {other}")
 
 
-async def obey(peer: Any, order: Json) -> None:
+Act = Callable[[Json], Awaitable[Json]]
+
+
+async def obey(act: Act, order: Json) -> None:
     try:
-        fields = await act(peer, order)
+        fields = await act(order)
     except Exception as error:  # noqa: BLE001 - one order fails, the process goes on
         say("failed", id=order["id"], error=repr(error))
     else:
         say("done", id=order["id"], **fields)
 
 
-async def read_orders(peer: Any) -> None:
+async def read_orders(act: Act) -> None:
+    """Carry out what stdin says, until it closes."""
     rest = b""
     async with trio.open_nursery() as nursery:
         async for data in trio.lowlevel.FdStream(sys.stdin.fileno()):
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                nursery.start_soon(obey, peer, json.loads(line))
+                nursery.start_soon(obey, act, json.loads(line))
         nursery.cancel_scope.cancel()
 
 
@@ -359,7 +367,7 @@ async def run(subject: str, listen: bool, many: bool) -> None:
         say("started", peer="")
         if listen:
             say("listening", address=await peer.listen())
-        await read_orders(peer)
+        await read_orders(partial(act, peer))
 
 
 def main() -> None:

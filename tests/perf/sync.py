@@ -5,8 +5,8 @@ usage: python tests/perf/sync.py [--delays none,50,100] [--rounds 3] [--ways pla
        python tests/perf/sync.py --join FILE ...
 
 --delays: milliseconds each way on a wire between two namespaces; "none" is this host's loopback, without a wire.
---ways: plain (kaspad dials kaspad), bridges (kas-bridge in front of each), raw (the same bytes over one TCP stream:
-    what the path itself allows).
+--ways: plain (kaspad dials kaspad), bridges (kas-bridge in front of each), streams (bridges without sessions), raw (the
+    same bytes over one TCP stream: what the path itself allows).
 --live: also live blocks, 10 per second, of 240 kB and empty: time from A to B, and the share of a core that each
     process took.
 --failures: also what happens when a bridge or a kaspad is killed in the middle of a sync, or hangs.
@@ -24,12 +24,13 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import trio
 
-from kas_bridge.simnet.bridges import BridgeProcess, Bridges
+from kas_bridge.simnet.bridges import COMMAND, BridgeProcess, Bridges
 from kas_bridge.simnet.measure import (
     HOST,
     Live,
@@ -56,7 +57,12 @@ def say(text: str) -> None:
 
 
 def ways_of(names: str) -> list[Way]:
-    known: dict[str, type[Way]] = {"plain": PlainTcp, "bridges": Bridges}
+    streams = ("env", "KAS_BRIDGE_SESSION_ENABLED=false", *COMMAND)
+    known: dict[str, Callable[[], Way]] = {
+        "plain": PlainTcp,
+        "bridges": Bridges,
+        "streams": lambda: Bridges("two bridges, no sessions", command=streams),
+    }
     return [known[name]() for name in names.split(",") if name != "raw"]
 
 

@@ -16,6 +16,7 @@ ALICE, BOB = (Identity.from_seed(bytes([n]) * 32).peer_id for n in (1, 2))
 NOTHING = {
     "max_connections": 0,
     "max_inbound": 0,
+    "max_outbound": 0,
     "max_pending_inbound": 0,
     "max_per_peer": 0,
     "max_per_ip": 0,
@@ -52,6 +53,18 @@ def test_room_for_our_own_dials_is_kept() -> None:
     assert refusal(lambda: admission.admit_dial(BOB, 0)) == "max_connections"
 
 
+def test_room_for_who_dials_us_is_kept() -> None:
+    admission = Admission(Limits(max_connections=4, max_outbound=2))
+    dialed = [admission.admit_dial(ALICE, 0) for _ in range(2)]
+    assert refusal(lambda: admission.admit_dial(BOB, 0)) == "max_outbound"
+    admission.admit_inbound("192.0.2.1", 0)
+    dialed[0].establish(ALICE, 0)
+    assert refusal(lambda: admission.admit_dial(BOB, 0)) == "max_outbound"
+    dialed[0].release()
+    admission.admit_dial(BOB, 0)
+    assert admission.in_use()["max_outbound"] == 2
+
+
 def test_established_connections_are_not_pending() -> None:
     admission = Admission(Limits(max_pending_inbound=1))
     admission.admit_inbound("192.0.2.1", 0).establish(ALICE, 0)
@@ -59,9 +72,9 @@ def test_established_connections_are_not_pending() -> None:
     assert admission.in_use()["max_pending_inbound"] == 1
 
 
-def shaking(admission: Admission, ip: str, now: float, gone: list[str]) -> Ticket:
-    ticket = admission.admit_inbound(ip, now)
-    ticket.evict = lambda: gone.append(ip)
+def shaking(admission: Admission, ip: str | None, now: float, gone: list[str], relay: PeerId | None = None) -> Ticket:
+    ticket = admission.admit_inbound(ip, now, relay)
+    ticket.evict = lambda: gone.append(ip or relay or "")
     return ticket
 
 
@@ -89,6 +102,16 @@ def test_where_each_host_has_one_place_the_oldest_goes_once_it_had_its_time() ->
     tickets[1].establish(ALICE, HANDSHAKE_GRACE)
     shaking(admission, "192.0.2.9", HANDSHAKE_GRACE, gone)
     assert gone == ["192.0.2.0"], "who is through keeps its place"
+
+
+def test_who_comes_through_one_relay_crowds_out_nobody_else() -> None:
+    admission, gone = Admission(Limits(max_pending_inbound=4, max_per_ip=1)), list[str]()
+    for relay in (ALICE, ALICE, ALICE, BOB):
+        shaking(admission, None, 0, gone, relay)
+    assert refusal(lambda: admission.admit_inbound(None, 0, ALICE)) == "max_pending_inbound", "one relay is one host"
+    shaking(admission, "192.0.2.1", 0, gone)
+    assert gone == [ALICE]
+    assert refusal(lambda: admission.admit_inbound(None, 0, BOB)) == "max_pending_inbound", "it would have as many"
 
 
 def test_a_host_without_limit_is_not_crowded() -> None:
@@ -196,7 +219,10 @@ def test_the_policy_is_asked_last_with_what_is_known() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["in", "out", "up", "end"]), st.integers(0, 7), st.integers(0, 3))))
 def test_whatever_happens_nothing_leaks(steps: list[tuple[str, int, int]]) -> None:
-    admission = Admission(Limits(max_connections=6, max_inbound=4, max_pending_inbound=3, max_per_ip=2, max_per_peer=2))
+    limits = Limits(
+        max_connections=6, max_inbound=4, max_outbound=4, max_pending_inbound=3, max_per_ip=2, max_per_peer=2
+    )
+    admission = Admission(limits)
     tickets: list[Ticket] = []
     established: set[int] = set()
     for action, which, who in steps:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 
 import pytest
 import trio
+from multiaddr import Multiaddr
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kas_libp2p import addresses
@@ -27,6 +29,7 @@ from kas_libp2p.events import (
     Dialing,
     HandlerFailed,
     InboundRefused,
+    InternalError,
     LimitHit,
     PeerMisbehaved,
     StreamFailed,
@@ -34,10 +37,11 @@ from kas_libp2p.events import (
 )
 from kas_libp2p.identity import Identity
 from kas_libp2p.metadata import DIRECT, Path, PathKind
-from kas_libp2p.swarm import SwarmConnection
+from kas_libp2p.swarm import Swarm, SwarmConnection
 from kas_libp2p.transport.yamux.stream import YamuxStream
-from tests.memory import memory_pair
+from tests.memory import MemoryRaw, memory_pair
 from tests.network import MemoryHost, MemoryInternet, make_swarm, running
+from tests.transport.pairs import BOB, Foreign
 
 ADDRESS = "/ip4/11.0.0.2/tcp/1"
 ECHO = "/echo/1"
@@ -188,6 +192,30 @@ async def test_one_who_stops_waiting_takes_nothing_from_the_others(
         assert (await alice.dial(bob.peer, [ADDRESS])).peer == bob.peer
 
 
+async def test_a_peer_that_ends_every_connection_at_once_is_dialed_once(
+    internet: MemoryInternet, alice_host: MemoryHost, bob_host: MemoryHost, autojump_clock: MockClock
+) -> None:
+    alice, told = make_swarm(alice_host, 1)
+    (listener,) = await bob_host.listen([addresses.parse(ADDRESS)])
+    async with running(alice), trio.open_nursery() as nursery:
+
+        async def answer_and_leave() -> None:
+            while True:
+                raw = await listener.accept()
+                assert isinstance(raw, MemoryRaw)
+                await Foreign(raw).shake(finish=False)
+                await raw.aclose()
+
+        nursery.start_soon(answer_and_leave)
+        with pytest.raises(ConnectionLost, match="ended at once: the peer closed it"):
+            await alice.dial(BOB.peer_id, [ADDRESS])
+        await trio.sleep(1)
+        assert len(internet.pipes) == 1
+        assert len(told.of(ConnectionOpened)) == len(told.of(ConnectionClosed)) == 1
+        assert alice.admission.in_use()["max_connections"] == 0
+        nursery.cancel_scope.cancel()
+
+
 async def test_every_failed_address_keeps_its_reason(
     internet: MemoryInternet, alice_host: MemoryHost, bob_host: MemoryHost, autojump_clock: MockClock
 ) -> None:
@@ -223,6 +251,22 @@ async def test_every_failed_address_keeps_its_reason(
     (failed,) = told.of(DialFailed)
     assert failed.target == carol
     assert alice.admission.in_use()["max_connections"] == 0
+
+
+async def test_a_name_server_that_does_not_answer_holds_up_only_its_names(
+    internet: MemoryInternet, alice_host: MemoryHost, bob_host: MemoryHost, autojump_clock: MockClock
+) -> None:
+    alice, _ = make_swarm(alice_host, 1)
+    bob, _ = make_swarm(bob_host, 2)
+    internet.name_delay = 5
+    internet.names["/dns4/bob.example.org/tcp/1"] = [ADDRESS]
+    async with running(alice), running(bob, ADDRESS):
+        started = trio.current_time()
+        connection = await alice.dial(bob.peer, ["/dns4/bob.example.org/tcp/1", ADDRESS])
+        assert trio.current_time() - started == pytest.approx(0.04)
+        await connection.close()
+        await alice.dial(bob.peer, ["/dns4/bob.example.org/tcp/1"])
+        assert alice_host.dialed == [ADDRESS, ADDRESS]
 
 
 async def test_one_self_is_not_dialed(alice_host: MemoryHost, bob_host: MemoryHost, autojump_clock: MockClock) -> None:
@@ -372,7 +416,7 @@ async def test_a_peer_that_comes_back_replaces_its_idle_connection(
     alice_host: MemoryHost, bob_host: MemoryHost, autojump_clock: MockClock
 ) -> None:
     alice, _ = make_swarm(alice_host, 1, Config(limits=Limits(max_per_peer=9)))
-    bob, told = make_swarm(bob_host, 2)
+    bob, told = make_swarm(bob_host, 2, Config(limits=Limits(max_per_peer=2)))
     bob.handle(ECHO, echo)
     async with running(alice), running(bob, ADDRESS):
         first, second = [await alice.dial(bob.peer, [ADDRESS], fresh=True) for _ in range(2)]
@@ -685,6 +729,24 @@ async def test_roles_and_path_of_a_given_pipe(
         assert alice.connection_to(bob.peer) is direct
 
 
+async def test_who_hears_that_a_connection_is_up_may_stop_whoever_made_it(
+    alice_host: MemoryHost, bob_host: MemoryHost, autojump_clock: MockClock
+) -> None:
+    """As an upgrader does: it needs no other dial any more."""
+    alice, _ = make_swarm(alice_host, 1)
+    bob, _ = make_swarm(bob_host, 2)
+    here, there = memory_pair(delay=0.01)
+    async with running(alice), running(bob), trio.open_nursery() as nursery:
+        stopped = trio.CancelScope()
+        alice.on_connected.append(lambda _: stopped.cancel())
+        nursery.start_soon(lambda: bob.upgrade_raw(there, peer=alice.peer, initiator=False))
+        with stopped:
+            await alice.upgrade_raw(here, peer=bob.peer, initiator=True)
+        connection = alice.connection_to(bob.peer)
+        assert connection is not None
+        await connection.connection.ping()
+
+
 async def connection_beside(alice: object, bob: object, other: object) -> tuple[SwarmConnection, SwarmConnection]:
     from kas_libp2p.swarm import Swarm
 
@@ -703,3 +765,71 @@ async def test_a_swarm_that_does_not_run_says_so(alice_host: MemoryHost) -> None
     with pytest.raises(ConnectionLost, match="not running"):
         await alice.upgrade_raw(here, peer=None, initiator=True)
     assert here.closed == "aborted"
+
+
+async def test_one_address_is_dialed_from_a_fresh_port_unless_it_is_forbidden(
+    alice_host: MemoryHost, bob_host: MemoryHost, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh: list[str] = []
+
+    async def dial_fresh(address: Multiaddr) -> MemoryRaw:
+        fresh.append(str(address))
+        return await alice_host.dial(address)
+
+    monkeypatch.setattr(alice_host, "dial_fresh", dial_fresh)
+    alice, _ = make_swarm(alice_host, 1, Config(deny=("11.0.0.3",)))
+    bob, _ = make_swarm(bob_host, 2)
+    own, closed = "/ip4/11.0.0.1/tcp/1", "/ip4/11.0.0.4/tcp/1"
+    async with running(alice, own), running(bob, ADDRESS):
+        connection = await alice.dial_from_fresh_port(bob.peer, ADDRESS)
+        assert (connection.peer, connection.path, connection.is_initiator) == (bob.peer, DIRECT, True)
+        with pytest.raises(DialError, match="Connection refused"):
+            await alice.dial_from_fresh_port(bob.peer, closed)
+        assert fresh == [ADDRESS, closed]
+        alice.ban("11.0.0.4", 10)
+        for forbidden in ("/ip4/11.0.0.3/tcp/1", closed, own, f"{ADDRESS}/p2p/{alice.peer}"):
+            with pytest.raises((Refused, AddressError)):
+                await alice.dial_from_fresh_port(bob.peer, forbidden)
+        assert fresh == [ADDRESS, closed]
+
+
+async def test_who_dials_as_the_swarm_ends_is_told_so(alice_host: MemoryHost, autojump_clock: MockClock) -> None:
+    for ticks in [*range(4)] * 5:  # tasks end in any order
+        alice, _ = make_swarm(alice_host, 1)
+
+        async def dial(alice: Swarm = alice, ticks: int = ticks) -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):
+                    for _ in range(ticks):
+                        await trio.lowlevel.checkpoint()
+                    with pytest.raises(ConnectionLost):
+                        await alice.dial(BOB.peer_id, [ADDRESS])
+
+        async with trio.open_nursery() as node:
+            await node.start(alice.carry)
+            node.start_soon(dial)
+            await wait_all_tasks_blocked()
+            node.cancel_scope.cancel()
+
+
+async def test_a_connection_is_gone_if_who_is_told_of_it_fails(
+    alice_host: MemoryHost, bob_host: MemoryHost, autojump_clock: MockClock
+) -> None:
+    def mistaken(connection: SwarmConnection) -> None:
+        raise ZeroDivisionError
+
+    alice, told_alice = make_swarm(alice_host, 1)
+    bob, told_bob = make_swarm(bob_host, 2)
+    async with running(alice), running(bob, ADDRESS):
+        for swarm, told in ((bob, told_bob), (alice, told_alice)):
+            swarm.on_connected.append(mistaken)
+            with suppress(DialError, ConnectionLost):
+                await alice.dial(bob.peer, [ADDRESS])
+            await trio.sleep(1)
+            assert alice.all_connections() == bob.all_connections() == []
+            assert told.of(InternalError)[0].reason.startswith("ZeroDivisionError")
+            assert set(swarm.admission.in_use().values()) == {0}
+            swarm.on_connected.remove(mistaken)
+        assert (await alice.dial(bob.peer, [ADDRESS])).peer == bob.peer

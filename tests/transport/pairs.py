@@ -140,14 +140,15 @@ class Foreign:
         await self.raw.send_all(self._handshake.write())
         self.secured = self._handshake.secured()
 
-    async def shake(self, *, answer: bytes = b"\x13/multistream/1.0.0\n\x07/noise\n") -> None:
-        """As the responder, one step after the other."""
+    async def shake(self, *, answer: bytes = b"\x13/multistream/1.0.0\n\x07/noise\n", finish: bool = True) -> None:
+        """As the responder, one step after the other; without ``finish`` not waiting for the last message."""
         await self.read_exactly(len(answer))
         await self.raw.send_all(answer)
         self._handshake.read(await self.read_message())
         await self.raw.send_all(self._handshake.write())
-        self._handshake.read(await self.read_message())
-        self.secured = self._handshake.secured()
+        if finish:
+            self._handshake.read(await self.read_message())
+            self.secured = self._handshake.secured()
 
     async def say(self, plain: bytes) -> None:
         wire = bytearray(sealed_size(len(plain)))

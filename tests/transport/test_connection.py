@@ -1,5 +1,6 @@
 """A connection over pipes in memory, on a clock that jumps: what trio tasks see of the machines under it."""
 
+import itertools
 import random
 
 import pytest
@@ -17,13 +18,15 @@ from kas_libp2p.errors import (
 )
 from kas_libp2p.metadata import DIRECT, Direction
 from kas_libp2p.transport._multistream import HEADER
+from kas_libp2p.transport._noise import FULL_FRAME, MAX_PLAINTEXT
 from kas_libp2p.transport.connection import CLOSE_LINGER, CLOSE_TIMEOUT, Layer
 from kas_libp2p.transport.upgrade import upgrade
 from kas_libp2p.transport.yamux._machine import INITIAL_WINDOW
-from tests.memory import memory_pair
+from tests.memory import MemoryRaw, memory_pair
 from tests.transport.pairs import ALICE, BOB, ECHO, Foreign, Pair, config, connected, upgraded
 from tests.transport.yamux.test_machine import ACK, DATA, FIN, GO_AWAY, PING, RST, SYN, UPDATE, frame, frames
 
+KIB = 1 << 10
 MIB = 1 << 20
 
 
@@ -174,7 +177,67 @@ async def test_a_small_message_leaves_in_the_call_that_writes_it():
         assert pair.bob_raw.sent > before
 
 
-async def test_many_small_writes_leave_together():
+async def test_a_line_at_rest_takes_a_small_message_at_once_though_nothing_was_heard(autojump_clock):
+    async with connected() as pair:
+        mine, theirs = await pair.streams()
+        await trio.sleep(0.1)
+        for _ in range(4):
+            before = pair.alice_raw.sent
+            await mine.send_all(b"live")
+            assert pair.alice_raw.sent > before
+            assert await theirs.receive_some() == b"live"
+            await trio.sleep(0.1)
+
+
+async def test_writing_what_needs_no_waiting(autojump_clock):
+    async with connected() as pair:
+        mine, theirs = await pair.streams()
+        await trio.sleep(0.1)
+        before = pair.alice_raw.sent
+        assert mine.send_nowait(b"live")
+        assert pair.alice_raw.sent > before
+        assert await theirs.receive_some() == b"live"
+
+        taken = 0
+        while mine.send_nowait(bytes(10_000)):
+            taken += 10_000
+        assert taken <= INITIAL_WINDOW + pair.alice.send_high_water
+        assert await read_at_least(theirs, taken) == bytes(taken)
+        await mine.wait_send_all_might_not_block()
+        assert mine.send_nowait(b"again")
+        assert await theirs.receive_some() == b"again"
+
+        pair.nursery.start_soon(mine.send_all, bytes(2 * MIB))
+        await wait_all_tasks_blocked()
+        assert not mine.send_nowait(b"between")
+        assert await read_at_least(theirs, 2 * MIB) == bytes(2 * MIB)
+
+
+@pytest.mark.parametrize("end", ["ended", "closed", "reset", "lost"])
+async def test_what_can_not_be_delivered_is_not_taken(end, autojump_clock):
+    async with connected() as pair:
+        mine, theirs = await pair.streams()
+        match end:
+            case "ended":
+                await mine.send_eof()
+            case "closed":
+                await mine.aclose()
+            case "reset":
+                theirs.reset()
+            case "lost":
+                pair.bob.abort()
+        await wait_all_tasks_blocked()
+        assert not mine.send_nowait(b"x")
+
+
+async def read_at_least(stream, count):
+    data = b""
+    while len(data) < count:
+        data += await stream.receive_some()
+    return data
+
+
+async def test_many_small_writes_leave_together(autojump_clock):
     async with connected() as pair:
         mine, theirs = await pair.streams()
         await wait_all_tasks_blocked()
@@ -184,6 +247,51 @@ async def test_many_small_writes_leave_together():
         await wait_all_tasks_blocked()
         assert len(pair.alice_raw.writes) - before <= 2
         assert await theirs.receive_some() == b"".join(b"%03d" % number for number in range(100))
+
+
+async def test_large_pieces_leave_together_and_a_whole_batch_at_once(autojump_clock):
+    async with connected() as pair:
+        mine, theirs = await pair.streams()
+        await wait_all_tasks_blocked()
+        writes = pair.alice_raw.writes
+        before = len(writes)
+        for _ in range(3):
+            await mine.send_all(bytes(64 * KIB))
+        assert len(writes) == before
+        await wait_all_tasks_blocked()
+        assert len(writes) == before + 1
+        await mine.send_all(bytes(3 * 64 * KIB))
+        assert len(writes) == before + 2
+        assert await read_at_least(theirs, 6 * 64 * KIB) == bytes(6 * 64 * KIB)
+
+
+class Segments(MemoryRaw):
+    """A pipe that takes whole segments as long as it can, as the kernel's TCP does."""
+
+    SIZE = 65483
+
+    def __init__(self, raw):
+        self.__dict__.update(raw.__dict__)
+
+    def send_nowait(self, data):
+        return super().send_nowait(data[: len(data) // self.SIZE * self.SIZE or len(data)])
+
+
+async def test_what_a_batch_has_beyond_whole_segments_leaves_with_the_next(autojump_clock):
+    async with connected() as pair:
+        pair.alice._raw = raw = Segments(pair.alice_raw)
+        streams = [await pair.streams() for _ in range(3)]
+        await wait_all_tasks_blocked()
+        before = len(raw.writes)
+        data = bytes(range(250)) * 786  # a little more than three segments
+        for mine, _ in streams:
+            await mine.send_all(data)
+        await wait_all_tasks_blocked()
+        *whole, last = raw.writes[before:]
+        assert all(size % Segments.SIZE == 0 for size in whole)
+        assert 0 < last < Segments.SIZE
+        for _, theirs in streams:
+            assert theirs.unread == len(data)
 
 
 async def test_a_writer_waits_for_a_reader(autojump_clock):
@@ -317,6 +425,46 @@ async def test_windows_carry_the_rate_over_a_distance(autojump_clock):
 
 
 # Ending a stream
+
+
+class NeverDry(MemoryRaw):
+    """A pipe on which more is always there than one read takes, from the second read on."""
+
+    def __init__(self, raw, sealer):
+        self.__dict__.update(raw.__dict__)
+        self.sealer = sealer
+        self.reads = 0
+        self.frames = itertools.cycle(frame(UPDATE, 0, 1, 0))
+
+    async def wait_readable(self):
+        await trio.lowlevel.checkpoint()
+        if not self.reads:
+            await super().wait_readable()
+
+    def receive_nowait(self, buffer):
+        if self.reads:
+            self.reads += 1
+            assert self.reads < 100, "nobody else had a turn"
+            size = len(buffer) // FULL_FRAME * MAX_PLAINTEXT
+            return self.sealer.seal_into(bytes(itertools.islice(self.frames, size)), buffer)
+        count = super().receive_nowait(buffer)
+        self.reads += bool(count)
+        return count
+
+
+async def test_a_peer_that_sends_faster_than_we_read_lets_others_run():
+    here, there = memory_pair()
+    foreign = Foreign(there, initiator=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(foreign.shake_first)
+        connection = await upgrade(here, identity=BOB, initiator=False, expected=None, config=config())
+        await foreign.say(frame(UPDATE, SYN, 1, 0))
+        connection._raw = raw = NeverDry(here, foreign.secured.sealer)
+        nursery.start_soon(connection.run, lambda stream: None)
+        while raw.reads < 10:
+            await trio.lowlevel.checkpoint()
+        assert connection.close_reason is None
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_reset_is_seen_with_its_code():
@@ -571,6 +719,23 @@ async def test_a_peer_that_went_silent_is_noticed(autojump_clock):
     assert raws[0].closed == "aborted"
 
 
+async def test_a_slow_line_is_waited_for(autojump_clock):
+    raws = memory_pair(capacity=1 << 20)
+    alice, _ = await upgraded(raws)
+    raws[0]._out.delay = 15  # bob does not run, but what alice sends arrives, for as long as it does
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run, alice)
+        stream = await alice.open_stream()
+        for _ in range(100):
+            await stream.send_all(bytes(1000))
+            await trio.sleep(1)
+        assert alice.close_reason is None
+        begun = trio.current_time()
+        await alice.wait_closed()
+        assert trio.current_time() - begun <= 15 + 10 + 10
+        assert "unanswered" in alice.close_reason
+
+
 async def test_a_ping_that_is_never_answered(autojump_clock):
     raws = memory_pair()
     alice, _ = await upgraded(raws)
@@ -716,6 +881,22 @@ async def test_cancelling_run_aborts():
             await stream.receive_some()
     assert raws[0].closed == "aborted"
     assert bob.close_reason == "the connection broke: connection reset by peer"
+
+
+async def test_a_mistake_of_ours_ends_the_connection_and_says_so():
+    alice, bob = await upgraded(memory_pair())
+
+    async def run_bob():
+        with pytest.RaisesGroup(ZeroDivisionError):
+            await bob.run(lambda stream: 1 / 0)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run_bob)
+        await nursery.start(alice.run, lambda stream: None)
+        stream = await alice.open_stream(ECHO)
+        with pytest.raises(ConnectionLost):
+            await stream.receive_some()
+    assert bob.close_reason == "an internal error on this side"
 
 
 async def test_a_connection_that_never_ran_can_be_closed():

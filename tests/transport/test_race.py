@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 
 import pytest
@@ -22,7 +22,7 @@ from kas_libp2p.errors import (
 )
 from kas_libp2p.events import AddressFailed, EventBus
 from kas_libp2p.metadata import PeerId
-from kas_libp2p.transport.race import in_order, race
+from kas_libp2p.transport.race import Found, in_order, race
 
 PEER = "12D3KooWHHzSeKaY8xuZVzkLbKFfvNgPPeKhFBGrMbNzbm5akpqu"
 DELAY = 0.25
@@ -68,9 +68,9 @@ def address_of(name: str) -> Multiaddr:
 
 
 def name_of(address: Multiaddr) -> str:
-    found = addresses.ip_port(address)
-    assert found is not None
-    return chr(int(found[0].rpartition(".")[2]))
+    host = addresses.components(address)[0][1]
+    assert host is not None
+    return chr(int(host.rpartition(".")[2]))
 
 
 def ok(seconds: float) -> tuple[float, None]:
@@ -130,6 +130,60 @@ class TestTimes:
         assert network.elapsed == pytest.approx(0.8)
         assert [failure.address for failure in caught.value.failures] == [str(address_of(name)) for name in "abc"]
         assert [failure.seconds for failure in caught.value.failures] == pytest.approx([0.1, 0.7, 0.2])
+
+
+class TestLater:
+    """Addresses that are found while others are tried."""
+
+    @staticmethod
+    def found(names: str, after: float, *failures: AddressFailure) -> Callable[[], Awaitable[Found]]:
+        async def find() -> Found:
+            await trio.sleep(after)
+            return [address_of(name) for name in names], failures
+
+        return find
+
+    async def test_what_is_known_does_not_wait(self, autojump_clock: MockClock) -> None:
+        network = Network(a=ok(0.2))
+        assert await network.race("a", later=self.found("b", FOREVER)) == "a"
+        assert network.elapsed == pytest.approx(0.2)
+
+    async def test_they_take_their_turn(self, autojump_clock: MockClock) -> None:
+        network = Network(a=ok(FOREVER), b=ok(FOREVER), c=ok(FOREVER), d=ok(0.1))
+        assert await network.race("ab", later=self.found("cd", 0.1)) == "d"
+        assert network.starts == pytest.approx({"a": 0, "b": DELAY, "c": 2 * DELAY, "d": 3 * DELAY})
+
+    async def test_they_are_tried_at_once_where_nothing_else_is(self, autojump_clock: MockClock) -> None:
+        network = Network(a=ok(FOREVER), b=ok(0.1), c=fails(0))
+        assert await network.race("", later=self.found("b", 1)) == "b"
+        assert await network.race("c", later=self.found("ab", 1)) == "b"
+        assert network.starts == pytest.approx({"b": 2.35, "c": 1.1, "a": 2.1})
+
+    async def test_their_failures_count(self, autojump_clock: MockClock) -> None:
+        network = Network(a=fails(0.1), b=fails(0.1))
+        failure = AddressFailure("/dns4/x.example.org/tcp/1", Stage.RESOLVE, ResolveError("no such name"), 2.0)
+        with pytest.raises(DialError) as caught:
+            await network.race("a", later=self.found("b", 2, failure))
+        assert caught.value.failures[0] is failure
+        assert [each.address for each in caught.value.failures[1:]] == [str(address_of(name)) for name in "ab"]
+        assert network.elapsed == pytest.approx(2.1)
+
+    async def test_nobody_is_tried_twice_nor_beyond_the_cap(self, autojump_clock: MockClock) -> None:
+        network = Network(**{name: fails(0.1) for name in "abcdef"})
+        with pytest.raises(DialError):
+            await network.race("ab", later=self.found("abcdef", 0.15), max_addresses=4)
+        assert sorted(network.starts) == ["a", "b", "c", "d"]
+
+    async def test_a_mistake_in_finding_them_ends_the_race(self, autojump_clock: MockClock) -> None:
+        network = Network(a=ok(FOREVER))
+
+        async def find() -> Found:
+            raise ZeroDivisionError
+
+        with pytest.raises(ExceptionGroup) as caught:
+            await network.race("a", later=find)
+        assert caught.group_contains(ZeroDivisionError)
+        assert network.cancelled == ["a"] or network.starts == {}
 
 
 class TestOneWinner:
@@ -318,3 +372,63 @@ class TestOrder:
     def test_relayed_ones_are_last(self) -> None:
         relayed = f"{self.V6[0]}/p2p/{PEER}/p2p-circuit"
         assert self.shown([relayed, *self.V4[:2]]) == [*self.V4[:2], relayed]
+
+
+# Circuits beside direct addresses
+
+
+def circuit_of(name: str) -> Multiaddr:
+    return addresses.parse(f"/ip4/11.0.0.{ord(name)}/tcp/1/p2p/{PEER}/p2p-circuit")
+
+
+async def lanes(network: Network, direct: str, circuits: str, after: float | None, **more: object) -> str:
+    wanted = [*map(address_of, direct), *map(circuit_of, circuits)]
+    options: dict[str, object] = {"discard": network.open.discard, "target": "somebody", "max_addresses": 16, **more}
+    return await race(wanted, network.attempt, DELAY, circuits_after=after, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("after", "start"), [(0.0, 0.0), (0.1, 0.1), (1.0, 1.0)])
+async def test_circuits_have_a_lane_of_their_own(autojump_clock: MockClock, after: float, start: float) -> None:
+    network = Network(a=ok(FOREVER), b=ok(FOREVER), c=ok(FOREVER), d=ok(10.0), e=ok(FOREVER))
+    assert await lanes(network, "abc", "de", after) == "d"
+    assert network.starts == pytest.approx({"a": 0.0, "b": DELAY, "c": 2 * DELAY, "d": start, "e": start + DELAY})
+
+
+async def test_circuits_start_at_once_when_no_direct_address_is_left(autojump_clock: MockClock) -> None:
+    network = Network(a=fails(0.1), b=fails(0.1), c=ok(0.0))
+    assert await lanes(network, "ab", "c", 5.0) == "c"
+    assert network.starts["c"] == pytest.approx(0.2)
+    alone = Network(c=ok(0.0))
+    assert await lanes(alone, "", "c", 5.0) == "c"
+    assert alone.starts["c"] == 0.0
+
+
+async def test_circuits_wait_for_names_that_are_still_looked_up(autojump_clock: MockClock) -> None:
+    network = Network(a=ok(0.1), c=ok(FOREVER))
+
+    async def later() -> Found:
+        await trio.sleep(0.5)
+        return [address_of("a")], []
+
+    assert await lanes(network, "", "c", 5.0, later=later) == "a"
+    assert "c" not in network.starts
+
+
+async def test_all_lanes_may_fail(autojump_clock: MockClock) -> None:
+    network = Network(a=fails(0.1), b=fails(0.1), c=fails(0.1))
+    with pytest.raises(DialError) as caught:
+        await lanes(network, "ab", "c", 5.0)
+    assert len(caught.value.failures) == 3
+
+
+async def test_many_direct_addresses_leave_room_for_circuits(autojump_clock: MockClock) -> None:
+    names = "abcdefghij"
+    network = Network(**{name: fails(0.01) for name in names}, x=ok(0.0), y=ok(0.0))
+    assert await lanes(network, names, "xy", FOREVER, max_addresses=6) == "x"
+    assert len(network.starts) == 5
+
+
+async def test_without_a_head_start_circuits_come_after_all_direct_addresses(autojump_clock: MockClock) -> None:
+    network = Network(a=ok(FOREVER), b=ok(FOREVER), c=ok(0.0))
+    assert await lanes(network, "ab", "c", None) == "c"
+    assert network.starts["c"] == pytest.approx(2 * DELAY)

@@ -137,6 +137,18 @@ class TestConnection:
                 received += await receive(accepted)
             assert received == data
 
+    async def test_what_has_arrived_is_counted_and_no_more(self) -> None:
+        async with pair() as (one, other, _):
+            before = one.delivered()
+            await one.send_all(b"x" * 5000)
+            await receive(other)
+            assert one.delivered() - before >= 5000
+            sent = 0
+            while count := one.send_nowait(bytes(1 << 20)):
+                sent += count
+            assert one.delivered() < sent, "what nobody reads stays here"
+        assert one.delivered() == 0
+
     async def test_end_of_stream_in_one_direction(self) -> None:
         async with pair() as (dialed, accepted, _):
             dialed.send_eof()
@@ -426,15 +438,27 @@ class TestDial:
 
     async def test_any_port_when_asked(self, room: Room) -> None:
         own, target = await room.listen(), await room.listen()
-        raw = await room.dial(target.address, own, source=Source.ANY_PORT)
-        assert port_of(raw.local_address) != own.port
+        for _ in range(50):  # the listener's port is one that the system gives out itself
+            raw = await room.dial(target.address, own, source=Source.ANY_PORT)
+            assert port_of(raw.local_address) != own.port
+
+    async def test_whom_a_dial_from_the_listen_port_goes_to_is_told_before(self, room: Room) -> None:
+        own, gone = await room.listen(), await room.listen()
+        gone.close()
+        told: list[str] = []
+        dialer = Dialer([own])
+        dialer.on_contact = told.append
+        for source in Source:
+            with pytest.raises(ConnectionRefusedError):
+                await dialer.dial(gone.address, source=source)
+        assert told == ["127.0.0.1"] * 2  # but not the one from a fresh port
 
     async def test_a_listener_of_the_other_family_or_closed_is_no_help(self, room: Room) -> None:
         v6, gone, target = await room.listen(V6), await room.listen(), await room.listen()
         gone.close()
         raw = await room.dial(target.address, v6, gone)
         assert port_of(raw.local_address) not in (v6.port, gone.port)
-        with pytest.raises(OSError, match="no listener"):
+        with pytest.raises(AddressError, match="no listener"):
             await room.dial(target.address, v6, gone, source=Source.LISTEN_PORT)
 
     async def test_the_loopback_listener_beats_the_wildcard_for_loopback(self, room: Room) -> None:

@@ -39,6 +39,25 @@ async def test_two_of_ours_need_one_round_trip(autojump_clock):
     assert (alice.peer, bob.peer) == (BOB.peer_id, ALICE.peer_id)
 
 
+async def test_a_greeting_that_was_sent_unasked_measures_nothing(autojump_clock):
+    """As go sends one as soon as it has accepted."""
+    raws = memory_pair(delay=0.1)
+    foreign = Foreign(raws[1])
+    await foreign.raw.send_all(HEADER)
+    await trio.sleep(0.15)
+
+    async def answer():
+        await foreign.read_exactly(len(HEADER + NOISE))
+        await foreign.raw.send_all(NOISE)
+        foreign._handshake.read(await foreign.read_message())
+        await foreign.raw.send_all(foreign._handshake.write())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(answer)
+        connection = await ours(raws[0], True)
+    assert connection.rtt == pytest.approx(0.2)
+
+
 async def test_the_path_is_kept():
     raws = memory_pair()
     path = Path(PathKind.RELAYED, PeerId("relay"))

@@ -23,7 +23,7 @@ import trio
 
 from kas_bridge.simnet.mine import Chain, Progress, quiet
 from kas_bridge.simnet.node import SimnetNode, simnet_node
-from kas_bridge.simnet.process import Process, ProcessEnded
+from kas_bridge.simnet.process import Process, ProcessEnded, within
 from kas_bridge.simnet.wire import Wire
 
 HOST = {"ipv4/tcp_congestion_control": "reno"}
@@ -199,7 +199,7 @@ async def reach(node: SimnetNode, blocks: int) -> None:
     Raises:
         trio.TooSlowError: it had not in `REACH_TIMEOUT` seconds.
     """
-    with trio.fail_after(REACH_TIMEOUT):
+    with within(REACH_TIMEOUT, "a part of a sync"):
         async with node.rpc() as rpc:
             while (await rpc.get_block_dag_info()).blockCount < blocks:  # noqa: ASYNC110 - another process's state
                 await trio.sleep(0.01)
@@ -220,7 +220,7 @@ async def wait_synced(pair: Pair, progress: Progress = quiet) -> int:
         trio.TooSlowError: it took longer than `SYNC_TIMEOUT`.
     """
     watched = [pair.source.process, pair.target.process, *pair.others.values()]
-    with trio.fail_after(SYNC_TIMEOUT):
+    with within(SYNC_TIMEOUT, "the sync of the second kaspad"):
         async with pair.source.rpc() as ours, pair.target.rpc() as theirs:
             goal = await ours.get_block_dag_info()
             while True:
@@ -338,7 +338,7 @@ async def live(
                 arrived = trio.Event()
                 await trio.sleep_until(first + number / rate)
                 await submit.submit_block(block)
-                with trio.fail_after(ARRIVAL_TIMEOUT):
+                with within(ARRIVAL_TIMEOUT, "the way of a live block to the second kaspad"):
                     await arrived.wait()
                 progress("live blocks", number + 1, count)
             elapsed = time.monotonic() - begun

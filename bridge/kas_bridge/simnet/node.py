@@ -15,7 +15,7 @@ from typing import Self
 
 import trio
 
-from kas_bridge.simnet.process import Process, ProcessEnded
+from kas_bridge.simnet.process import Process, ProcessEnded, within
 from kas_bridge.simnet.wire import Namespace
 from kas_libp2p.errors import KasError
 from kas_libp2p.kaspa.rpc import KaspadRpc, open_rpc
@@ -169,7 +169,7 @@ class SimnetNode:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.process = Process.start(self.argv, log=self.log, inside=self.inside)
-        with trio.fail_after(READY_TIMEOUT):
+        with within(READY_TIMEOUT, "the start of kaspad"):
             while True:
                 if not self.process.running:
                     raise ProcessEnded(f"kaspad ended while starting:\n{self.process.last_lines()}")

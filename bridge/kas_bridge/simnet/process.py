@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -39,6 +39,23 @@ def pass_on_niceness(pid: int) -> None:
 
 class ProcessEnded(Exception):
     """A process ended that was to stay. The text holds the last lines that it wrote."""
+
+
+@contextlib.contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    """Bound a step, as `trio.fail_after` does, and say which one it was.
+
+    Args:
+        seconds: for the block.
+        what: the step, as the subject of a sentence.
+
+    Raises:
+        trio.TooSlowError: the block took longer; the text names the step, and says what to do.
+    """
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise trio.TooSlowError(f"{what} took more than {seconds:g} s: try again when this machine has less to do")
 
 
 class Process:

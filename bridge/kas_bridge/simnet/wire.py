@@ -451,7 +451,7 @@ def _hold(control_fd: int, delay: float, settings: Mapping[str, str]) -> None:
         namespaces, user = _make_namespaces(settings)
         forwarder = _Forwarder(delay)
     except OSError as error:
-        message = f"can't make network namespaces like this here ({error}); run as root, or allow user namespaces"
+        message = f"can't make network namespaces here ({error.strerror}); run as root, or allow user namespaces"
         control.send(json.dumps({"error": message}).encode())
         return
     wire = namespaces.pop()

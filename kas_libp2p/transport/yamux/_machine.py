@@ -18,13 +18,15 @@ Rules
 * A frame may be as large as the window. Its payload is handed on as it comes.
 * Reading grants again what was read, half a window at a time. A reader that does not read stalls its own stream only.
 * A window doubles while its stream is read faster than one window per two round trips, so it settles at two to four
-  times rate x round trip. Below `MIN_RTT` it is scheduling that takes the time, not distance.
+  times rate x round trip. If the peer has nothing left to send with until a grant reaches it, that waiting hides the
+  rate: then one window per four is fast enough. Where the round trip is shorter than `NEAR`, up to `BUSY_WINDOW` it
+  doubles while it is read in less than `BUSY`.
 * All windows of a connection together stay below ``max_memory``; growth may take half of it, the other half is kept for
   new streams. When growth is refused, streams with larger windows than their share give back: what they read is not
   granted again until they are down to it.
 * A closed stream (`close`) takes a little more from a peer that has not heard of it yet, then answers with a reset. A
   peer that does not close it too hears a reset after a while.
-* Sending goes by turns of `QUANTUM` bytes; a stream that had nothing to send goes before those that always have.
+* Sending goes by turns; a stream that had nothing to send goes before those that always have.
 * Whatever a peer can make us remember or answer is bounded: streams, unread bytes, answers that it does not fetch;
   floods of pings, of resets and of refused streams end the connection.
 
@@ -36,23 +38,35 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NoReturn
 
 from kas_libp2p.config import KIB, YamuxConfig
-from kas_libp2p.errors import LocalProtocolError, Refused, RemoteProtocolError
+from kas_libp2p.errors import LocalProtocolError, Refused, RemoteProtocolError, StreamCode
 
 PROTOCOL = "/yamux/1.0.0"
 """Its name in multistream-select and in Noise extensions."""
 INITIAL_WINDOW = 256 * KIB
 """What the protocol grants every stream from the start."""
-MAX_FRAME = 256 * KIB
-"""Payload bytes of a frame we send. rust refuses frames of more than 1 MiB."""
-QUANTUM = 16 * KIB
-"""Bytes that a stream may send before it is another's turn."""
-MIN_RTT = 0.001
-"""Seconds; a shorter round trip counts as this one, since both ends work in batches of some hundred microseconds."""
+MAX_FRAME = 260 * KIB
+"""Payload bytes of a frame we send: a stream's whole queue, with the heads that a session adds. rust refuses frames of
+more than 1 MiB."""
+TURNS = 5
+"""Streams that share what is taken at once: a turn is a Noise message of five on a fast line, so that a frame costs
+little beside its bytes on every connection of a circuit, and little on a slow one."""
+NEAR = 0.01
+"""Seconds: where the round trip is shorter, it is scheduling that takes the time, not distance, and what is under way
+fills no router's queue."""
+BUSY = 0.2
+"""Seconds that the window of a near stream should last at least, up to `BUSY_WINDOW`. Until every process on the way
+had its turn, many time slices of the system's may pass, of 3 ms each. And streams on one way share it equally only if
+all their windows hold more than can be under way: with less, who has the larger window gets more. So all that are fast
+get the same."""
+BUSY_WINDOW = 4096 * KIB
+"""Bytes: about what a circuit at full speed has under way on a host that its three processes share with others. With
+half of it, one circuit was a tenth slower there; the first small message behind it waits 3 ms instead of 2."""
 SMALL = 4 * KIB
 """Unread pieces below this size are joined, so that a peer's tiny frames don't cost more than their bytes."""
 CONTROL_LIMIT = 64 * KIB
@@ -87,14 +101,6 @@ _SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
 _MAX_WINDOW = 0xFFFF_FFFF
 
 
-class StreamCode(IntEnum):
-    """libp2p error codes of a stream."""
-
-    NONE = 0
-    NEGOTIATION = 0x1001
-    RESOURCES = 0x1002
-
-
 class GoAway(IntEnum):
     """Why a side ends the connection."""
 
@@ -104,7 +110,8 @@ class GoAway(IntEnum):
 
 
 class Stream:
-    """The state of one stream. Belongs to `Machine`; the shell reads it and changes nothing but ``owner``.
+    """The state of one stream. Belongs to `Machine`; the shell reads it, and sets ``owner``, ``mark``, ``max_window``,
+    ``raw``.
 
     Attributes:
         id: its number on the wire.
@@ -115,8 +122,12 @@ class Stream:
         eof: whether the peer ended its direction.
         reset: ``(by_peer, code)`` once it was reset.
         queued: bytes to send that were not handed out yet.
+        raw: whether ``chunks`` may be parts of what `Machine.receive` was given, which have to be taken before that is
+            reused: that saves whoever takes them apart a copy.
+        mark: `Machine.drained` tells when ``queued`` falls below it; the high-water mark, if nobody changes it.
         send_window: bytes that the peer still grants us.
         window: bytes that the peer may have sent beyond what was read, at most.
+        max_window: to which it may grow; what is configured, if nobody changes it.
         allowed: bytes that the peer may still send.
         received, sent: payload bytes in all.
     """
@@ -130,26 +141,36 @@ class Stream:
         "epoch",
         "fin_sent",
         "fin_wanted",
+        "fresh",
         "grant_at",
+        "granted_at",
         "id",
         "incoming",
         "listed",
+        "mark",
+        "max_window",
         "offset",
         "outbound",
         "owner",
         "queue",
         "queue_offset",
         "queued",
+        "raw",
+        "read_before",
         "received",
         "reset",
         "send_window",
         "sent",
+        "starved",
         "unread",
         "window",
     )
 
-    def __init__(self, id: int, *, outbound: bool, now: float) -> None:
+    def __init__(self, id: int, config: YamuxConfig, *, outbound: bool, now: float) -> None:
         self.id = id
+        self.mark = config.send_high_water
+        self.max_window = config.max_window
+        self.raw = False
         self.outbound = outbound
         self.owner: Any = None
         self.chunks: deque[bytes] = deque()
@@ -162,7 +183,10 @@ class Stream:
         self.acknowledged = False
         self.window = self.allowed = INITIAL_WINDOW
         self.grant_at = INITIAL_WINDOW // 2  # grant when allowed + unread is down to this
-        self.epoch = now
+        self.epoch = self.granted_at = now  # the last grant but one, and the last
+        self.read_before = 0.0
+        self.fresh = -1  # the last grant, until what was granted before is used up; -1 from then on
+        self.starved = False  # whether that was used up before the grant can have reached the peer
         self.queue: deque[bytes] = deque()
         self.queue_offset = 0
         self.queued = 0
@@ -186,14 +210,12 @@ class Batch:
         changed: streams that have something for their reader, or that ended.
         pongs: value and seconds of each ping that was answered.
         refused: the limit that refused a stream, for each one.
-        go_away: the peer's code, if it said that it opens and takes no more streams.
     """
 
     opened: list[Stream] = field(default_factory=list)
     changed: list[Stream] = field(default_factory=list)
     pongs: list[tuple[int, float]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    go_away: int | None = None
 
 
 class _Bucket:
@@ -227,12 +249,14 @@ class Machine:
 
     Attributes:
         streams: open streams by id.
-        drained: streams whose queue fell below the high-water mark in `take`; the shell empties it.
+        drained: streams whose queue fell below its mark in `take`, or whose end left; the shell empties it.
+        heard_at: seconds when the peer was last known to be alive; see `receive` and `heard`.
         rtt: the last round trip in seconds.
         stopped: whether this side takes no more streams.
         go_away_sent: whether the peer was told so.
         go_away_received: the peer's code, if it takes no more streams.
         hits: how often each limit said no.
+        keepalive: seconds of silence after which a ping is sent; as configured, and may be changed.
     """
 
     __slots__ = (
@@ -245,7 +269,6 @@ class Machine:
         "_fresh",
         "_grown",
         "_growth_budget",
-        "_heard",
         "_highest",
         "_inbound",
         "_large",
@@ -267,7 +290,9 @@ class Machine:
         "drained",
         "go_away_received",
         "go_away_sent",
+        "heard_at",
         "hits",
+        "keepalive",
         "rtt",
         "stopped",
         "streams",
@@ -298,7 +323,7 @@ class Machine:
         self._squeezed = 0  # streams that shared the growth when some was refused; 0 if none was
         self._late = 0
         self._lingering: dict[Stream, float] = {}
-        self._heard = now
+        self.heard_at = now
         self._pings: dict[int, float] = {}
         self._next_ping = 0
         self.rtt = rtt
@@ -309,6 +334,7 @@ class Machine:
         self.go_away_received: int | None = None
         self._buckets: dict[str, _Bucket] = {}
         self.hits: Counter[str] = Counter()
+        self.keepalive = config.keepalive
 
     # From the wire
 
@@ -318,7 +344,7 @@ class Machine:
         Raises:
             RemoteProtocolError: the peer broke a rule. A "go away" is ready to be sent, the connection is over.
         """
-        self._heard = now
+        self.heard_at = now
         batch = Batch()
         try:
             self._parse(data, now, batch)
@@ -335,7 +361,7 @@ class Machine:
 
     def heard(self, now: float) -> None:
         """The peer is alive, though what came is no whole message yet: on a slow line one may take long."""
-        self._heard = now
+        self.heard_at = now
 
     def _parse(self, data: memoryview, now: float, batch: Batch) -> None:
         start = 0
@@ -431,7 +457,7 @@ class Machine:
                     self._rtt_at = now
                     batch.pongs.append((length, self.rtt))
         elif kind == _GO_AWAY:
-            self.go_away_received = batch.go_away = length
+            self.go_away_received = length
         else:
             self._violation(f"frame type {kind}")
 
@@ -466,7 +492,7 @@ class Machine:
             if not self._bucket("refused", REFUSED_BURST, REFUSED_RATE, now):
                 self._violation("a flood of streams beyond the limit")
             return None
-        stream = Stream(id, outbound=False, now=now)
+        stream = Stream(id, self._config, outbound=False, now=now)
         stream.acknowledged = True
         self.streams[id] = stream
         self._inbound += 1
@@ -490,18 +516,22 @@ class Machine:
 
     def _settle(self, stream: Stream) -> None:
         views = stream.incoming
-        data = bytes(views[0]) if len(views) == 1 else b"".join(views)
+        pieces: list[bytes | memoryview]
+        pieces = [*views] if stream.raw else [bytes(views[0]) if len(views) == 1 else b"".join(views)]
         views.clear()
         if stream.closed:  # closed by what follows in the same batch
             return
-        size = len(data)
+        size = sum(map(len, pieces))
         stream.received += size
         stream.unread += size
+        if stream.allowed <= stream.fresh:
+            stream.fresh = -1
+            stream.starved = self.heard_at - stream.granted_at < min(self._rtts, default=0.0)
         chunks = stream.chunks
         if size < SMALL and chunks and len(chunks[-1]) < SMALL and (len(chunks) > 1 or not stream.offset):
-            chunks[-1] += data
+            chunks[-1] = b"".join([chunks[-1], *pieces])
         else:
-            chunks.append(data)
+            chunks += pieces  # type: ignore[arg-type]  # whoever sets `raw` knows
 
     def _end(self, stream: Stream, batch: Batch) -> None:
         if stream.eof:
@@ -544,7 +574,7 @@ class Machine:
             if full:
                 self.hits[limit] += 1
                 raise Refused(limit, f"this connection has {len(self.streams)} streams, {limit} allows no more")
-        stream = Stream(self._next_id, outbound=True, now=now)
+        stream = Stream(self._next_id, self._config, outbound=True, now=now)
         self._next_id += 2
         self.streams[stream.id] = stream
         self._reserved += INITIAL_WINDOW
@@ -557,6 +587,14 @@ class Machine:
         """Queue data. The caller sees to it that ``queued`` stays bounded, and that the stream can be written to."""
         stream.queue.append(data)
         stream.queued += len(data)
+        if not stream.listed and stream.send_window:
+            stream.listed = True
+            self._fresh.append(stream)
+
+    def write_all(self, stream: Stream, pieces: Sequence[bytes]) -> None:
+        """Queue several pieces; see `write`."""
+        stream.queue += pieces
+        stream.queued += sum(map(len, pieces))
         if not stream.listed and stream.send_window:
             stream.listed = True
             self._fresh.append(stream)
@@ -603,12 +641,15 @@ class Machine:
         if stream.closed or stream.reset is not None:
             return False
         held = stream.allowed + stream.unread
-        elapsed = now - stream.epoch
-        stream.epoch = now
-        rtt = max(MIN_RTT, min(self._rtts, default=MIN_RTT))
+        read, before = 1 - held / stream.window, stream.read_before  # parts of a window
+        elapsed, in_all = now - stream.granted_at, now - stream.epoch
+        stream.epoch, stream.granted_at, stream.read_before = stream.granted_at, now, read
+        rtt = min(self._rtts, default=0.0)
+        span = BUSY if rtt < NEAR and stream.window < BUSY_WINDOW else (4 if stream.starved else 2) * rtt
         asked = False
-        if (stream.window - held) * 2 * rtt > stream.window * elapsed:
-            if stream.window < self._config.max_window:
+        # Over the last two grants as well: a burst gives two in a row, however long the next burst takes to come.
+        if read * span > elapsed and (read + before) * span > in_all:
+            if stream.window < stream.max_window:
                 self._grow(stream)
             if now - self._rtt_at >= RTT_MAX_AGE and not self._pings:
                 self.ping(now)
@@ -618,12 +659,14 @@ class Machine:
         grant = stream.window - held
         if held > stream.grant_at or not grant:
             return asked
+        # Little left says nothing: it is soon used up in a window that has just grown, too.
+        stream.fresh, stream.starved = grant if stream.allowed > stream.window // 4 else -1, False
         stream.allowed += grant
         self._say(_WINDOW_UPDATE, 0, stream.id, grant)
         return True
 
     def _grow(self, stream: Stream) -> None:
-        window = min(2 * stream.window, self._config.max_window)
+        window = min(2 * stream.window, stream.max_window)
         more = window - stream.window
         if self._grown + more <= self._growth_budget and self._reserved + more <= self._config.max_memory:
             self._resize(stream, window)
@@ -688,13 +731,14 @@ class Machine:
         """Take what is to be sent next, in order.
 
         Args:
-            limit: about how many bytes; answers come on top.
+            limit: about how many bytes; answers come on top, and the rest of a turn of a `TURNS`th of it.
 
         Returns:
             pieces, and how many bytes they have together; nothing if there is nothing to send.
         """
         pieces: list[bytes | memoryview] = []
         size = 0
+        turn = max(1, -(-limit // TURNS) - HEADER_SIZE)
         if self._control:
             pieces.append(bytes(self._control))
             size = len(self._control)
@@ -703,28 +747,30 @@ class Machine:
         fresh, ready = self._fresh, self._ready
         while size < limit and (fresh or ready):
             stream = fresh.popleft() if fresh else ready.popleft()
-            most = QUANTUM if fresh or ready else max(limit - size - HEADER_SIZE, 1)
+            most = turn if fresh or ready else max(limit - size - HEADER_SIZE, 1)
             queued = stream.queued
             count = min(queued, stream.send_window, most, MAX_FRAME)
             rest = queued - count
             fin = stream.fin_wanted and not rest
-            if count or fin:
-                pieces.append(_pack(0, _DATA, _FIN if fin else 0, stream.id, count))
+            if count:
+                pieces.append(_pack(0, _DATA, 0, stream.id, count))
                 size += HEADER_SIZE + count
-                if count:
-                    stream.queued = rest
-                    stream.send_window -= count
-                    stream.sent += count
-                    self._pull(stream, count, pieces)
-                    mark = self._config.send_high_water
-                    if rest < mark <= queued:
-                        self.drained.append(stream)
+                stream.queued = rest
+                stream.send_window -= count
+                stream.sent += count
+                self._pull(stream, count, pieces)
+                if rest < stream.mark <= queued:
+                    self.drained.append(stream)
+            if fin:  # in a frame of its own: js-libp2p drops the data of a frame that ends its stream
+                pieces.append(_pack(0, _DATA, _FIN, stream.id, 0))
+                size += HEADER_SIZE
             if rest and stream.send_window:
                 ready.append(stream)
             else:
                 stream.listed = False
             if fin:
                 stream.fin_sent = True
+                self.drained.append(stream)
                 if stream.eof:
                     self._forget(stream)
         return pieces, size
@@ -752,12 +798,17 @@ class Machine:
 
     # Time
 
+    @property
+    def pinging(self) -> bool:
+        """Whether a ping waits for its answer."""
+        return bool(self._pings)
+
     def next_deadline(self) -> float:
         """When `on_timeout` wants to be called. May move later by itself, never earlier but by a call of this side."""
         if self._pings:
-            deadline = max(self._heard, next(iter(self._pings.values()))) + self._config.ping_timeout
+            deadline = max(self.heard_at, next(iter(self._pings.values()))) + self._config.ping_timeout
         else:
-            deadline = self._heard + self._config.keepalive
+            deadline = self.heard_at + self.keepalive
         return min(deadline, *self._lingering.values()) if self._lingering else deadline
 
     def on_timeout(self, now: float) -> str | None:
@@ -770,10 +821,10 @@ class Machine:
             self.reset(stream)
         # The same sums as in `next_deadline`: rounded otherwise, a deadline would be met and nothing be due.
         if self._pings:
-            since = max(self._heard, next(iter(self._pings.values())))
+            since = max(self.heard_at, next(iter(self._pings.values())))
             if now >= since + self._config.ping_timeout:
                 return f"the peer said nothing and left a ping unanswered for {now - since:.0f} s"
-        elif now >= self._heard + self._config.keepalive:
+        elif now >= self.heard_at + self.keepalive:
             self.ping(now)
         return None
 

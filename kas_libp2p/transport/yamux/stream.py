@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from kas_libp2p.errors import ConnectionLost, NegotiationError, StreamReset
+from kas_libp2p.errors import ConnectionLost, NegotiationError, Stage, StreamCode, StreamReset, UpgradeTimeout
 from kas_libp2p.metadata import Direction, OverlayStream, TransportMetadata
-from kas_libp2p.transport._multistream import Proposer
-from kas_libp2p.transport._waiter import Waiter
-from kas_libp2p.transport.yamux._machine import Stream, StreamCode
+from kas_libp2p.transport._multistream import Proposer, Responder
+from kas_libp2p.transport.waiter import Waiter
+from kas_libp2p.transport.yamux._machine import Stream
 
 if TYPE_CHECKING:
     from kas_libp2p.transport.connection import Connection
 
 YIELD_AFTER = 1024 * 1024
 """Bytes after which a reader that never has to wait lets other tasks run: about a millisecond's worth."""
+
+
+class Tap(Protocol):
+    """What takes the place of a stream's reader and writer, see `YamuxStream.tap`. Neither call may wait or raise."""
+
+    def changed(self) -> None:
+        """Something came in, or the stream ended: in the turn of the connection's reader, or of who ended it."""
+
+    def drained(self) -> None:
+        """The queue fell below its mark, or its end left. The connection is flushing: others may do so only later."""
 
 
 class YamuxStream(OverlayStream):
@@ -42,6 +52,7 @@ class YamuxStream(OverlayStream):
         "_refusal",
         "_since_yield",
         "_state",
+        "_tap",
         "_writable",
         "connection",
         "direction",
@@ -59,6 +70,7 @@ class YamuxStream(OverlayStream):
         self._refusal: NegotiationError | None = None
         self._readable = Waiter()
         self._writable = Waiter()
+        self._tap: Tap | None = None
         self._closed = False
         self._lost: str | None = None
         self._since_yield = 0
@@ -92,6 +104,38 @@ class YamuxStream(OverlayStream):
         return self._state.queued
 
     @property
+    def closed(self) -> bool:
+        """Whether it was closed here in order."""
+        return self._closed
+
+    @property
+    def over(self) -> bool:
+        """Whether either side has closed it, or it was reset: no two-way talk is possible on it any more."""
+        return self._closed or self._lost is not None or self._state.eof or self._state.reset is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more can be written: our direction was ended, or the whole stream."""
+        return self._ended() or self._state.fin_wanted
+
+    @property
+    def broken(self) -> str | None:
+        """Why it ended other than in order, in words; ``None``: it has not."""
+        if self._lost is None and self._state.reset is None:
+            return None
+        return self._lost or str(self._read_error())
+
+    @property
+    def state(self) -> Stream:
+        """What the connection's machine knows of it, for a tap that reads and writes it (`tap`)."""
+        return self._state
+
+    @property
+    def delivered(self) -> int:
+        """See `OverlayStream`: of the whole connection, whose bytes all pass one after the other."""
+        return self.connection.delivered
+
+    @property
     def metadata(self) -> TransportMetadata:
         """Who is at the other end, and by which way."""
         connection = self.connection
@@ -106,6 +150,7 @@ class YamuxStream(OverlayStream):
             connection_opened_at=connection.opened_at,
             stream_opened_at=self.opened_at,
             rtt=connection.rtt,
+            limits=connection.circuit.limits if connection.circuit is not None else None,
         )
 
     # Writing
@@ -136,6 +181,21 @@ class YamuxStream(OverlayStream):
             if state.queued >= high_water:
                 await self._room(high_water)
 
+    def send_nowait(self, data: bytes) -> bool:
+        """Write if that needs no waiting; see `OverlayStream`."""
+        state, connection = self._state, self.connection
+        if (
+            self._closed
+            or self._lost is not None
+            or state.fin_wanted
+            or state.reset is not None
+            or self._writable.task is not None
+            or state.queued + len(data) >= connection.send_high_water
+        ):
+            return False
+        connection.write(state, data)
+        return True
+
     async def _room(self, high_water: int) -> None:
         state = self._state
         self.connection.flush()
@@ -154,7 +214,7 @@ class YamuxStream(OverlayStream):
         if self._refusal is not None:
             return self._refusal
         if self._lost is not None:
-            return ConnectionLost(self._lost)
+            return self._loss(self._lost)
         if state.reset is not None and not self._closed:
             by_peer, code = state.reset
             return StreamReset(by_peer=by_peer, code=code)
@@ -248,10 +308,15 @@ class YamuxStream(OverlayStream):
         if self._closed:
             return trio.ClosedResourceError("this stream was closed")
         if self._lost is not None:
-            return ConnectionLost(self._lost)
+            return self._loss(self._lost)
         assert self._state.reset is not None
         by_peer, code = self._state.reset
         return StreamReset(by_peer=by_peer, code=code)
+
+    def _loss(self, reason: str) -> ConnectionLost:
+        circuit = self.connection.circuit
+        ended = circuit.ended if circuit is not None else None
+        return ended.again(reason) if ended is not None else ConnectionLost(reason)
 
     async def wait_unread(self) -> None:
         """Return when there is something to read, or nothing more will come. For the negotiation of protocols."""
@@ -261,6 +326,42 @@ class YamuxStream(OverlayStream):
             if self._readable.task is not None:
                 raise trio.BusyResourceError("another task is reading from this stream")
             await self._readable.wait()
+
+    async def negotiate(self, side: Proposer | Responder, timeout: float) -> str:
+        """Agree on the protocol before anything else is read or written.
+
+        Args:
+            side: the proposer, whose proposal has been written, or the responder.
+            timeout: seconds.
+
+        Returns:
+            the protocol.
+
+        Raises:
+            NegotiationError, UpgradeTimeout: they did not agree; the stream is reset.
+            ConnectionLost, StreamReset: the stream ended.
+        """
+        state = self._state
+        try:
+            with trio.fail_after(timeout):
+                while side.selected is None:
+                    await self.wait_unread()
+                    if not state.chunks:
+                        if state.eof and state.reset is None:
+                            raise NegotiationError("the peer ended the stream before they agreed on a protocol")
+                        raise self._read_error()
+                    answer = side.receive(self._take_unread())
+                    if answer:
+                        # An agreement may wait for the data that follows it, a refusal for nothing.
+                        self.connection.write(state, answer, now=side.selected is None)
+        except trio.TooSlowError:
+            raise UpgradeTimeout(Stage.STREAM, timeout) from None
+        finally:
+            if side.selected is None:
+                self.reset(StreamCode.NEGOTIATION)
+        self.protocol = side.selected
+        self._put_back(side.rest())
+        return self.protocol
 
     # Ending
 
@@ -275,13 +376,40 @@ class YamuxStream(OverlayStream):
 
     async def aclose(self) -> None:
         """End our direction behind everything that was written, and read no more. Does not wait for the peer."""
+        self.close()
+        await checkpoint()
+
+    def close(self, last: bytes = b"") -> None:
+        """Do what `aclose` does, in the turn of whoever calls.
+
+        Args:
+            last: to be written before, if that can be.
+        """
+        if last and not self.finished:
+            self.connection.write(self._state, last, now=False)
         if not self._closed:
             self._closed = True
             self.connection.close(self._state)
             self._wake()
-        await checkpoint()
 
-    # For the connection
+    # For the connection, and for what is spliced
+
+    def tap(self, tap: Tap | None, *, raw: bool = False) -> None:
+        """Have ``tap`` called in place of waking tasks: nobody else reads or writes the stream meanwhile.
+
+        Args:
+            tap: ``None`` to give the stream back.
+            raw: whether it takes all chunks in each call, and keeps none of them: they are parts of a buffer.
+        """
+        self._tap = tap
+        self._state.raw = raw
+
+    def _drained(self) -> None:
+        """The queue fell below its mark, or its end left."""
+        if self._tap is not None:
+            self._tap.drained()
+        else:
+            self._writable.wake()
 
     def _start(self, proposer: Proposer) -> None:
         """Propose a protocol, take it for agreed, and go on without waiting for the answer."""
@@ -293,12 +421,15 @@ class YamuxStream(OverlayStream):
         """Something came in, or the stream ended."""
         if self._proposer is not None and self._state.chunks:
             self._negotiate(self._proposer)
+        if self._tap is not None:
+            return self._tap.changed()
         self._readable.wake()
         if self._state.reset is not None:
             proposer = self._proposer
             if proposer is not None and self._state.reset == (True, StreamCode.NEGOTIATION):
                 self._refusal = NegotiationError(f"the peer does not speak {proposer.proposed}")
             self._writable.wake()
+        return None
 
     def _negotiate(self, proposer: Proposer) -> None:
         data = self._take_unread()
@@ -336,5 +467,8 @@ class YamuxStream(OverlayStream):
         self._wake()
 
     def _wake(self) -> None:
+        if self._tap is not None:
+            return self._tap.changed()
         self._readable.wake()
         self._writable.wake()
+        return None

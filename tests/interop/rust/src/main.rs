@@ -11,6 +11,7 @@
 //! `{"event": "failed", "id": 1, "error": "…"}`. It exits when stdin closes. The orders are listed at [`node::run`].
 
 mod actions;
+mod autonat;
 mod kaspa;
 mod node;
 mod protocols;
@@ -43,6 +44,9 @@ pub struct Options {
     pub protocol_version: String,
     pub signed_record: bool,
     pub push: bool,
+    /// What it gives away as a relay; `None`: it is none.
+    pub relay: Option<node::RelayLimits>,
+    pub autonat: autonat::Settings,
     pub threads: usize,
     pub kaspa: kaspa::Settings,
     pub megabytes: u64,
@@ -61,6 +65,12 @@ const USAGE: &str = "usage: kas-interop-peer listen [ADDR ...] | dial ADDR | ben
   --protocol-version TEXT      protocol version told by identify (/kaspad/libp2p/1.1.0)
   --signed-record              tell a signed peer record in identify
   --push                       push changes of listen addresses with identify
+  --relay                      be a relay with the library's limits; of these, the following change one
+  --relay-open                 be a relay without limits
+  --relay-bytes N, --relay-seconds SECONDS, --relay-reservation SECONDS
+  --autonat-v1                 AutoNAT v1, client and server, with the limits of kaspad's overlay
+  --autonat-interval SECONDS   between two v1 tests of itself, by the same server or not (the library's)
+  --autonat-v2-server, --autonat-v2-client
   --threads N                  worker threads; 1 is the single-threaded runtime (2)
   --network NAME               Kaspa network (kaspa-simnet)
   --kaspa-version N            Kaspa protocol version (11)
@@ -115,6 +125,8 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Options, String> {
         protocol_version: "/kaspad/libp2p/1.1.0".to_owned(),
         signed_record: false,
         push: false,
+        relay: None,
+        autonat: autonat::Settings::default(),
         threads: 2,
         kaspa: kaspa::Settings::default(),
         megabytes: 64,
@@ -139,6 +151,15 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Options, String> {
             "--protocol-version" => options.protocol_version = value()?,
             "--signed-record" => options.signed_record = true,
             "--push" => options.push = true,
+            "--relay" => options.relay = Some(node::RelayLimits::default()),
+            "--relay-open" => options.relay = Some(node::RelayLimits { open: true, ..Default::default() }),
+            "--relay-bytes" => options.relay.get_or_insert_default().bytes = Some(number(&value()?)?),
+            "--relay-seconds" => options.relay.get_or_insert_default().seconds = Some(number(&value()?)?),
+            "--relay-reservation" => options.relay.get_or_insert_default().reservation = Some(number(&value()?)?),
+            "--autonat-v1" => options.autonat.v1 = true,
+            "--autonat-interval" => options.autonat.interval = Some(Duration::from_secs_f64(number(&value()?)?)),
+            "--autonat-v2-server" => options.autonat.v2_server = true,
+            "--autonat-v2-client" => options.autonat.v2_client = true,
             "--threads" => options.threads = number(&value()?)?,
             "--network" => options.kaspa.network = value()?,
             "--kaspa-version" => options.kaspa.version = number(&value()?)?,

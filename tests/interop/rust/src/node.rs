@@ -4,12 +4,15 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use futures::StreamExt;
+use libp2p::autonat::{v1, v2};
+use libp2p::core::transport::OrTransport;
 use libp2p::core::upgrade::Version;
 use libp2p::core::{ConnectedPoint, PeerRecord};
+use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, NetworkBehaviour, SwarmEvent};
 use libp2p::{
-    Multiaddr, PeerId, StreamProtocol, Swarm, Transport, identify, identity, multiaddr, noise, ping, tcp, yamux,
+    Multiaddr, PeerId, StreamProtocol, Swarm, Transport, identify, identity, multiaddr, noise, ping, relay, tcp, yamux,
 };
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -18,7 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::actions::{self, Hands};
 use crate::kaspa::{self, Kaspa};
 use crate::report::{chain, report, text};
-use crate::{Options, protocols};
+use crate::{Options, autonat, protocols};
 
 /// Seconds for Noise and yamux, as in the library's own examples.
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -27,7 +30,41 @@ const UPGRADE_TIMEOUT: Duration = Duration::from_secs(10);
 struct Behaviour {
     identify: identify::Behaviour,
     ping: ping::Behaviour,
+    relay: Toggle<relay::Behaviour>,
+    relay_client: relay::client::Behaviour,
+    autonat_v1: Toggle<v1::Behaviour>,
+    autonat_v2_server: Toggle<v2::server::Behaviour>,
+    autonat_v2_client: Toggle<v2::client::Behaviour>,
     streams: libp2p_stream::Behaviour,
+}
+
+/// How a relay's limits differ from the library's.
+#[derive(Clone, Default)]
+pub struct RelayLimits {
+    pub open: bool,
+    pub bytes: Option<u64>,
+    pub seconds: Option<u64>,
+    pub reservation: Option<u64>,
+}
+
+impl RelayLimits {
+    fn config(&self) -> relay::Config {
+        let mut config = relay::Config::default();
+        if self.open {
+            config.reservation_rate_limiters.clear();
+            config.circuit_src_rate_limiters.clear();
+            config.max_reservations = usize::MAX;
+            config.max_reservations_per_peer = usize::MAX;
+            config.max_circuits = usize::MAX;
+            config.max_circuits_per_peer = usize::MAX;
+            config.max_circuit_bytes = 0;
+            config.max_circuit_duration = Duration::from_secs(u32::MAX.into());
+        }
+        config.max_circuit_bytes = self.bytes.unwrap_or(config.max_circuit_bytes);
+        config.max_circuit_duration = self.seconds.map_or(config.max_circuit_duration, Duration::from_secs);
+        config.reservation_duration = self.reservation.map_or(config.reservation_duration, Duration::from_secs);
+        config
+    }
 }
 
 pub type Reply<T> = oneshot::Sender<Result<T, String>>;
@@ -59,7 +96,8 @@ pub enum Ask {
 
 /// Run until stdin closes, or until the benchmark is done.
 ///
-/// Orders (`do`), with their fields; `peer` may be left out when there is exactly one:
+/// Orders (`do`), with their fields; `peer` may be left out when there is exactly one. A circuit address works in
+/// `connect` and, to reserve, in `listen`:
 ///
 /// | order | fields | answer |
 /// |---|---|---|
@@ -124,7 +162,9 @@ fn build(options: &Options) -> Result<Swarm<Behaviour>, String> {
     let version = |lazy| if lazy { Version::V1Lazy } else { Version::V1 };
     let mut muxer = yamux::Config::default();
     muxer.set_max_num_streams(options.max_streams);
-    let transport = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true))
+    let peer = options.key.public().to_peer_id();
+    let (circuits, relay_client) = relay::client::new(peer);
+    let transport = OrTransport::new(circuits, tcp::tokio::Transport::new(tcp::Config::default().nodelay(true)))
         .upgrade(version(options.lazy_connection))
         .authenticate(noise::Config::new(&options.key).map_err(text)?)
         .multiplex(muxer)
@@ -141,12 +181,17 @@ fn build(options: &Options) -> Result<Swarm<Behaviour>, String> {
     let behaviour = Behaviour {
         identify: identify::Behaviour::new(identify.with_push_listen_addr_updates(options.push)),
         ping: ping::Behaviour::new(ping::Config::new().with_interval(options.ping_interval)),
+        relay: options.relay.as_ref().map(|limits| relay::Behaviour::new(peer, limits.config())).into(),
+        relay_client,
+        autonat_v1: options.autonat.v1.then(|| v1::Behaviour::new(peer, options.autonat.v1_config())).into(),
+        autonat_v2_server: options.autonat.v2_server.then(v2::server::Behaviour::default).into(),
+        autonat_v2_client: options.autonat.v2_client.then(v2::client::Behaviour::default).into(),
         streams: libp2p_stream::Behaviour::new(),
     };
     let config = libp2p::swarm::Config::with_tokio_executor()
         .with_substream_upgrade_protocol_override(version(options.lazy_streams))
         .with_idle_connection_timeout(options.idle_timeout);
-    Ok(Swarm::new(transport, behaviour, options.key.public().to_peer_id(), config))
+    Ok(Swarm::new(transport, behaviour, peer, config))
 }
 
 /// Accept streams of every protocol, each in its own task.
@@ -227,6 +272,10 @@ impl Node {
     fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
         match event {
             SwarmEvent::NewListenAddr { address, .. } => {
+                if self.swarm.behaviour().relay.is_enabled() {
+                    // What it tells in a reservation, and without which it does not offer to be a relay.
+                    self.swarm.add_external_address(address.clone());
+                }
                 let address = address.with(multiaddr::Protocol::P2p(*self.swarm.local_peer_id()));
                 report("listening", json!({ "address": address.to_string() }));
             }
@@ -282,6 +331,13 @@ impl Node {
                 report("external-candidate", json!({ "address": address.to_string() }));
             }
             SwarmEvent::ListenerError { error, .. } => report("listener-failed", json!({ "error": text(error) })),
+            SwarmEvent::ListenerClosed { reason: Err(error), .. } => {
+                report("listener-failed", json!({ "error": chain(&error) }));
+            }
+            SwarmEvent::Behaviour(BehaviourEvent::AutonatV1(event)) => {
+                let behaviour = self.swarm.behaviour().autonat_v1.as_ref();
+                autonat::on_v1(event, behaviour.map_or(0, v1::Behaviour::confidence));
+            }
             SwarmEvent::Behaviour(event) => on_behaviour(event),
             _ => {}
         }
@@ -322,8 +378,25 @@ fn on_behaviour(event: BehaviourEvent) {
         BehaviourEvent::Identify(identify::Event::Error { peer_id, error, .. }) => {
             report("identify-failed", json!({ "peer": peer_id.to_string(), "error": chain(&error) }));
         }
-        BehaviourEvent::Streams(()) => {}
+        BehaviourEvent::Relay(event) => report("relay", json!({ "what": format!("{event:?}") })),
+        BehaviourEvent::RelayClient(event) => on_circuit(event),
+        BehaviourEvent::AutonatV2Server(event) => autonat::on_v2_server(event),
+        BehaviourEvent::AutonatV2Client(event) => autonat::on_v2_client(event),
+        BehaviourEvent::AutonatV1(_) | BehaviourEvent::Streams(()) => {}
     }
+}
+
+fn on_circuit(event: relay::client::Event) {
+    use relay::client::Event::{InboundCircuitEstablished, OutboundCircuitEstablished, ReservationReqAccepted};
+    let (name, peer, renewal, limit) = match event {
+        ReservationReqAccepted { relay_peer_id, renewal, limit } => ("reserved", relay_peer_id, renewal, limit),
+        OutboundCircuitEstablished { relay_peer_id, limit } => ("circuit-out", relay_peer_id, false, limit),
+        InboundCircuitEstablished { src_peer_id, limit } => ("circuit-in", src_peer_id, false, limit),
+    };
+    let limit = limit.map(|limit| {
+        json!({ "seconds": limit.duration().map(|seconds| seconds.as_secs()), "bytes": limit.data_in_bytes() })
+    });
+    report(name, json!({ "peer": peer.to_string(), "renewal": renewal, "limit": limit }));
 }
 
 /// What a peer told of itself. The library keeps a signed record only if it verifies, and only in its own old form

@@ -1,0 +1,1 @@
+"""Direct connection upgrade through relay: two peers on a circuit agree on the moment at which both dial."""

@@ -1,0 +1,1 @@
+"""Asking the router for a port: PCP, NAT-PMP, UPnP."""

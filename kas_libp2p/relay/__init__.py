@@ -1,0 +1,1 @@
+"""Circuit relay v2: being reachable through others, and carrying others."""

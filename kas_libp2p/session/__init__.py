@@ -1,0 +1,1 @@
+"""One Kaspa byte stream over changing paths."""
