@@ -68,7 +68,12 @@ const node = await createLibp2p({
     listen: listen.length > 0 ? listen : ['/ip4/127.0.0.1/tcp/0'],
     appendAnnounce: options.dcutr ? listen : [] // else it tells of no public address before AutoNAT has tested it
   },
-  transports: [tcp(), circuitRelayTransport({ reservationCompletionTimeout: PATIENCE })],
+  transports: [tcp(), circuitRelayTransport({
+    reservationCompletionTimeout: PATIENCE,
+    // Orders alone decide where it holds places: a relay that it discovers, by an identify that comes late, makes it renew
+    // a place of under 10 minutes as one it has not asked for, fail at that, and give the place up.
+    discoveryFilter: { has: () => true, add: () => {}, remove: () => {} }
+  })],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
   connectionManager: {
