@@ -36,6 +36,10 @@ from kas_libp2p.relay._renewal import CHECK, LEAST_LOOK, MOST_TIME, PART_OF_TIME
 LEADS = (20.0, 16.0, 12.0, 8.0)
 """Seconds that are left of a circuit, by turn. Between two of them a dial is through: five round trips of 300 ms, and a
 lost packet."""
+LATER = 0.125
+"""Part of the first turn's margin by which each following one is shorter, where circuits last for hours."""
+MOST_OF_TIME = 0.5
+"""Part of its time that is left at the most, so that a circuit of seconds is used as well."""
 LEADS_OF_BYTES = (20.0, 16.0, 3.0, 2.0)
 """Seconds for which its bytes last, by turn. What costs nothing is taken as soon as it can be: it is lost otherwise."""
 MOST_OF_BYTES = (0.75, 0.5, 0.375, 0.25)
@@ -137,8 +141,8 @@ def _lasts(limits: CircuitLimits | None, rate: float) -> bool:
 
 
 def _lead(max_seconds: float, turn: int) -> float:
-    of_long = min(PART_OF_TIME * max_seconds, MOST_TIME) * (1 - turn / 8)
-    return min(max(LEADS[turn], of_long), max_seconds / 2)
+    of_long = min(PART_OF_TIME * max_seconds, MOST_TIME) * (1 - turn * LATER)
+    return min(max(LEADS[turn], of_long), MOST_OF_TIME * max_seconds)
 
 
 def _lead_of_bytes(max_bytes: int, turn: int, rate: float) -> float:

@@ -11,7 +11,7 @@ from kas_libp2p import addresses as addr
 from kas_libp2p.autonat.roles import Reachability
 from kas_libp2p.dcutr._candidates import Known, Own
 from kas_libp2p.metadata import PathKind, PeerId
-from kas_libp2p.strategy._nat import NatFacts, Sighting, families, seen
+from kas_libp2p.strategy._nat import NatFacts, Ports, Sighting, families, seen
 from kas_libp2p.transport.connection import Connection
 
 
@@ -92,8 +92,9 @@ class Whereabouts:
             view, filtering = reachability.nat(family)
             sightings = [Sighting(age, port) for age, port in reachability.sightings(family)]
             nat = seen(view, filtering, sightings)
-            if nat.sightings and (dials := reachability.dials_since(family, min(each.age for each in sightings))):
-                here = Sighting(0.0, nat.sightings[-1].port + dials)  # of a NAT that counts: our own dials count, too
-                nat = replace(nat, sightings=(*nat.sightings[1:], here))
+            if nat.ports is Ports.SEQUENTIAL:
+                dials = reachability.dials_since(family, min(each.age for each in sightings))
+                here = Sighting(0.0, nat.sightings[-1].port + dials)  # it has counted our own dials, too
+                nat = replace(nat, sightings=(*nat.sightings[1:], here)) if dials else nat
             found[family] = nat
         return NatFacts(found.get(4), found.get(6)), reachability.candidates()

@@ -27,6 +27,7 @@ class Sky:
     """What `Reachability` is asked here, of a NAT that has counted its ports up."""
 
     dials = 0
+    ports: tuple[int, ...] = (40000, 40001, 40002)
 
     def candidates(self) -> list[str]:
         return [SEEN]
@@ -35,7 +36,7 @@ class Sky:
         return NatView(Mapping.DEPENDENT, False), Filtering.PORT
 
     def sightings(self, family: int) -> tuple[tuple[float, int], ...]:
-        return tuple((9.0 - n, 40000 + n) for n in range(3))
+        return tuple((9.0 - n, port) for n, port in enumerate(self.ports))
 
     def dials_since(self, family: int, age: float) -> int:
         assert age == 7.0
@@ -93,3 +94,12 @@ def test_our_own_dials_have_made_a_nat_count() -> None:
     facts, _ = where(sky).nats()
     assert facts.v4 is not None
     assert [(each.age, each.port) for each in facts.v4.sightings] == [(8.0, 40001), (7.0, 40002), (0.0, 40007)]
+
+
+def test_our_own_dials_tell_nothing_of_ports_that_are_drawn() -> None:
+    sky = Sky()
+    sky.ports, sky.dials = (41100, 41002, 41471), 5  # five on it is another block
+    facts, _ = where(sky).nats()
+    assert facts.v4 is not None
+    assert facts.v4.ports is Ports.BLOCK
+    assert [each.port for each in facts.v4.sightings] == [41100, 41002, 41471]
