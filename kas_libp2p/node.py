@@ -76,6 +76,8 @@ ROLE_TIME = 15.0
 """Seconds in which a node finds out whether it can be dialed: in a laboratory 4 if it can, else 9."""
 ALIVE_WITHIN = ANSWER_WITHIN
 """Seconds for the answer of a relay's connection that a session needs: as for its paths."""
+GONE_WITHIN = 1.0
+"""The same of any connection from an address that this machine has no more: no answer comes unless it has that back."""
 RELAY_PINGS = 3
 """Round trips that are measured to a relay; the shortest says most of the way."""
 MAX_STREAMS, MAX_STREAMS_PER_PEER = 256, 16
@@ -240,6 +242,7 @@ class Node:
         swarm.on_disconnected.append(self._disconnected)
         swarm.on_addresses += (self._identify.changed, self.reachability.listening)
         swarm.on_addresses += (self.relay_client.network_changed, self.relay_pool.network_changed)
+        swarm.on_addresses.append(self._network_changed)
         self._identify.on_identified.append(self._identified)
         swarm.handle(identify.ID, self._identify.handle, max_per_peer=2)
         swarm.handle(identify.PUSH, self._identify.handle_push, max_per_peer=1)
@@ -813,12 +816,10 @@ class Node:
         found = self._known_addresses(peer, ())
         if not any(each.by_us for each in self.sessions.of(peer)):
             found = [each for each in found if self._is_its_own(each, peer)]
-        if self._nursery is not None:
-            for relay in {addresses.relay_of(each) for each in found}:
-                way = self.swarm.connection_to(relay) if relay is not None else None
-                if way is not None and way.connection.number not in self._checking:
-                    self._checking.add(way.connection.number)
-                    self._nursery.start_soon(self._check_alive, way.connection)
+        for relay in {addresses.relay_of(each) for each in found}:
+            way = self.swarm.connection_to(relay) if relay is not None else None
+            if way is not None:
+                self._check(way.connection, ALIVE_WITHIN, "when it was needed")
         return (await self._dial(peer, found, fresh=beside, only=True)).connection
 
     def _is_its_own(self, address: str, peer: PeerId) -> bool:
@@ -832,10 +833,21 @@ class Node:
         seen = self._seen.get(str(addresses.without_peer(way))) == relay
         return at_large or seen or self.swarm.connection_to(relay) is not None
 
-    async def _check_alive(self, connection: Connection) -> None:
-        silent = f"it did not answer within {ALIVE_WITHIN:g} s, when it was needed"
+    def _network_changed(self) -> None:
+        here = {where[0] for each in self.swarm.listen_addresses() if (where := addresses.ip_port(each)) is not None}
+        for each in self.connections:
+            where = addresses.ip_port(each.connection.local_address)
+            if where is not None and where[0] not in here and each.path.kind is not PathKind.RELAYED:
+                self._check(each.connection, GONE_WITHIN, f"after this machine had lost its address {where[0]}")
+
+    def _check(self, connection: Connection, within: float, why: str) -> None:
+        if self._nursery is not None and connection.number not in self._checking:
+            self._checking.add(connection.number)
+            self._nursery.start_soon(self._check_alive, connection, within, why)
+
+    async def _check_alive(self, connection: Connection, within: float, why: str) -> None:
         try:
-            await connection.check_alive(ALIVE_WITHIN, silent)
+            await connection.check_alive(within, f"it did not answer within {within:g} s, {why}")
         finally:
             self._checking.discard(connection.number)
 

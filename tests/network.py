@@ -33,7 +33,9 @@ class MemoryListener:
         self._send, self._receive = trio.open_memory_channel[MemoryRaw](math.inf)
 
     def addresses(self) -> Sequence[Multiaddr]:
-        return (self.address, *map(addresses.parse, self._host.extra))
+        where = addresses.ip_port(self.address)
+        assert where is not None
+        return (addresses.from_ip_port(self._host.ip, where[1]), *map(addresses.parse, self._host.extra))
 
     async def accept(self) -> RawConnection:
         try:
@@ -79,6 +81,11 @@ class MemoryHost:
         self.dialed: list[str] = []
         self.changed = trio.Event()
         self.extra: list[str] = []
+
+    def move(self, ip: str) -> None:
+        """It is in another network from now on; what goes by its connections is another thing."""
+        self.ip = ip
+        self.changed.set()
 
     async def listen(self, wanted: Sequence[Multiaddr]) -> Sequence[MemoryListener]:
         await trio.lowlevel.checkpoint()

@@ -27,12 +27,13 @@ from kas_libp2p.events import (
     SessionWaiting,
 )
 from kas_libp2p.metadata import SESSION, Dialect, Direction, OverlayStream, PathKind
+from kas_libp2p.node import GONE_WITHIN
 from kas_libp2p.session.status import SessionState
 from kas_libp2p.session.stream import SessionStream
 from kas_libp2p.transport.connection import Connection
 from kas_libp2p.transport.yamux.stream import YamuxStream
 from tests.memory import MemoryRaw
-from tests.network import MemoryInternet, echo, eventually
+from tests.network import MemoryHost, MemoryInternet, echo, eventually
 from tests.relay.scripted import Told, node_at
 
 DELAY = 0.02
@@ -506,6 +507,35 @@ async def test_a_path_that_hangs_is_left_and_its_connection_aborted(
         assert "nothing came from the peer" in direct.close_reason
         assert direct.broke
         assert v.stream.metadata.path.relay == v.relay.peer_id
+
+
+@pytest.mark.parametrize("reached", [False, True])
+async def test_a_machine_that_moves_to_another_network_knows_at_once_what_is_dead(
+    reached: bool, internet: MemoryInternet, autojump_clock: MockClock
+) -> None:
+    async with village(internet) as v:
+        host = v.alice.swarm.network
+        assert isinstance(host, MemoryHost)
+        await v.alice.listen("/ip4/11.0.0.3/tcp/1")
+        await v.direct()
+        await eventually(lambda: v.is_on(PathKind.DIRECT))
+        (with_relay,) = v.alice.swarm.connections_to(v.relay.peer_id)
+        old = pipes_between(internet, 1, 3) + pipes_between(internet, 2, 3)
+        if not reached:
+            hang(*old)
+            await trio.sleep(2 * DELAY)  # of what is under way
+        host.move("11.0.0.33")
+        moved = trio.current_time()
+        await talk(v.stream)
+        if reached:  # it had the address back before anybody missed it
+            assert trio.current_time() - moved < 10 * DELAY
+            await trio.sleep(10)
+            assert v.is_on(PathKind.DIRECT)
+            return
+        assert GONE_WITHIN < trio.current_time() - moved < GONE_WITHIN + 0.5
+        assert v.is_on(PathKind.RELAYED)
+        gone = "it did not answer within 1 s, after this machine had lost its address 11.0.0.3"
+        assert with_relay.connection.close_reason == gone
 
 
 class Deaf:

@@ -700,11 +700,10 @@ class Connection:
             within: seconds for the answer.
             reason: what it is aborted with, in words.
         """
-        delivered = self.delivered
+        before = self.received, self.delivered
         with trio.move_on_after(within) as scope, suppress(ConnectionLost):
             await self.ping()
-        silent = trio.current_time() - self.heard_at >= within
-        if scope.cancelled_caught and silent and self.delivered == delivered:  # else it is only slow
+        if scope.cancelled_caught and (self.received, self.delivered) == before:  # else it is only slow
             self.abort(reason, broke=True)
 
     def finish(self, stream: Stream) -> None:

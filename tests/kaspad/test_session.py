@@ -136,6 +136,14 @@ def address_of_the_target(at: Scene) -> None:
     at.lab.router("bob").change_address()
 
 
+def another_network_of_the_target(at: Scene) -> None:
+    """As a laptop that is carried elsewhere: its machine has another address, and knows it."""
+    host = at.lab["bob"]
+    host.run("ip -4 address flush dev eth0")
+    host.run("ip address add 192.168.1.77/24 dev eth0")
+    host.run("ip route add default via 192.168.1.1")
+
+
 def reboot_of_both_routers(at: Scene) -> None:
     at.lab.router("alice").reboot()
     at.lab.router("bob").reboot()
@@ -161,7 +169,13 @@ async def test_it_survives_new_addresses_reboots_of_routers_and_sleep(
         await at.link.connect()
         await measure.wait_synced(at.pair)
         at.nursery.start_soon(at.blocks.mine, SIZE)
-        for happens in (address_of_the_source, address_of_the_target, reboot_of_both_routers, sleep):
+        for happens in (
+            address_of_the_source,
+            address_of_the_target,
+            another_network_of_the_target,
+            reboot_of_both_routers,
+            sleep,
+        ):
             await at.wait_path("punched")
             await at.blocks.caught_up()
             begun = time.monotonic()
