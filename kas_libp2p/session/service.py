@@ -70,7 +70,7 @@ OPENER_FIRST = 2.0
 """Seconds for which the side that did not open a session leaves it to the other one to move it to a better path."""
 OPENER_FIRST_AT_ONCE = 0.3
 """The same where the path is lost or about to end: a round trip around the world."""
-RETRIES = (0.5, 1.0, 1.5)
+RETRIES = (0.5, 1.0, 1.25)
 """Seconds between two tries to find a path; the last one again and again, as a peer that was started anew is to be
 found within 2 s. At a relay of rust-libp2p each may cost one of thirty circuits: all of them last for `patience`."""
 UNANSWERED = 1.0

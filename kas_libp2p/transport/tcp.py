@@ -90,6 +90,10 @@ _TAKEN = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ECONNRESET})
 """What a dial from the listen port meets when another port would do: the port, or all four numbers, are taken; or the
 other side noticed crossed SYNs before we did."""
 
+DIALS_FROM_LISTEN_PORT = 2
+"""Dials from the listen port, if it can't be told whether the first one's SYNs crossed or were answered twice. With a
+port that nobody else has seen us at, no peer of this relay could be met by a punch."""
+
 _DISCARD_AT_CLOSE = 256 * KIB
 """Bytes of unread input to throw away before closing."""
 
@@ -97,6 +101,8 @@ _LINGER_NONE = struct.pack("ii", 1, 0)
 _ESTABLISHED = 1
 _INFO_SEGMENTS = struct.Struct("=I8xI")  # tcpi_segs_in, tcpi_data_segs_in of struct tcp_info (linux/tcp.h)
 _INFO_SEGMENTS_AT = 140
+_INFO_RETRANSMITTED = struct.Struct("=I")  # tcpi_total_retrans
+_INFO_RETRANSMITTED_AT = 100
 
 
 class TcpRaw:
@@ -479,16 +485,20 @@ class Dialer:
             raise AddressError(f"this machine has no route to {ip}")
         if self.on_contact is not None:
             self.on_contact(ip.partition("%")[0])
-        try:
-            raw = await _connect(target, local)
-        except OSError as error:
-            if only or error.errno not in _TAKEN:
-                raise
-            return None
-        if not only and _crossed(raw.socket):
+        for _ in range(DIALS_FROM_LISTEN_PORT):
+            try:
+                raw = await _connect(target, local)
+            except OSError as error:
+                if only or error.errno not in _TAKEN:
+                    raise
+                return None
+            if only or not _crossed(raw.socket):
+                return raw
+            again = _sent_again(raw.socket)
             raw.abort()
-            return None
-        return raw
+            if not again:
+                break
+        return None
 
     def _local_for(self, ip: str, target: tuple[str | int, ...]) -> tuple[str | int, ...] | None:
         """The address to bind to: of a listener at the address that the system would send from, or of a wildcard."""
@@ -586,13 +596,21 @@ def _crossed(sock: socket.socket) -> bool:
     """Whether a connection just made came from crossed SYNs.
 
     An ordinary one has seen one segment without data, the SYN-ACK; one from crossed SYNs a SYN and a SYN-ACK. A
-    repeated SYN-ACK looks the same and costs a needless second dial.
+    repeated SYN-ACK looks the same and costs a needless second dial: from the listen port if `_sent_again` explains it.
     """
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SEGMENTS_AT + _INFO_SEGMENTS.size)
     if len(info) < _INFO_SEGMENTS_AT + _INFO_SEGMENTS.size or info[0] != _ESTABLISHED:
         return False
     received, with_data = _INFO_SEGMENTS.unpack_from(info, _INFO_SEGMENTS_AT)
     return bool(received - with_data > 1)
+
+
+def _sent_again(sock: socket.socket) -> bool:
+    """Whether our SYN was sent more than once, and so may have been answered more than once."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_RETRANSMITTED_AT + _INFO_RETRANSMITTED.size)
+    return len(info) == _INFO_RETRANSMITTED_AT + _INFO_RETRANSMITTED.size and bool(
+        _INFO_RETRANSMITTED.unpack_from(info, _INFO_RETRANSMITTED_AT)[0]
+    )
 
 
 def _source_towards(target: tuple[str | int, ...]) -> str | None:

@@ -16,12 +16,12 @@ def test_a_server_behind_a_firewall(lab, tmp_path):
     server = lab["alice"].spawn(SERVER, cwd=tmp_path)
     server.expect(r"port (\d+)")
 
-    def get(address):
-        return urllib.request.urlopen(f"http://{address}:8000/", timeout=0.5).read()
+    def get(address, timeout=10):
+        return urllib.request.urlopen(f"http://{address}:8000/", timeout=timeout).read()
 
     assert lab["alice"].python(get, "127.0.0.1") == b"hello from behind"
     with pytest.raises(OSError, match="timed out"):
-        lab["bob"].python(get, lab["alice"].address)
+        lab["bob"].python(get, lab["alice"].address, 0.5)
 
     public = lab["relay"].spawn(SERVER, cwd=tmp_path)
     public.expect("port")

@@ -276,9 +276,9 @@ def test_an_outside_port_belongs_to_who_had_it_last(lab, ends):
 @pytest.mark.natlab("alice=fc,udp_lifetime=2s", "relay=public")
 def test_an_idle_mapping_expires(lab, ends):
     pair = ends(lab["alice"], lab["relay"])
+    start = time.monotonic()  # before its life begins
     origin = pair.echo()
     # The kernel counts in its own ticks: ask until it is gone, which must not be before its time.
-    start = time.monotonic()
     pair.client.settimeout(0.5)
     while True:
         with lab["relay"].socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:  # each a flow of its own

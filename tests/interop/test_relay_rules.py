@@ -16,12 +16,16 @@ from kas_libp2p.events import CircuitClosed, CircuitRenewed, InboundRefused, Rel
 from kas_libp2p.relay import _renewal
 from tests.interop import ends
 from tests.interop.ends import Js, Ours, Programs, Theirs
-from tests.interop.peer import Peer, PeerError, running_peer
+from tests.interop.peer import PATIENCE, Peer, PeerError, running_peer
 from tests.interop.protocols import ECHO, both_ways, round_trip
 from tests.network import eventually
 from tests.relay.scripted import Told
 
 MIB = 1 << 20
+SECONDS = 4
+"""What a circuit lasts whose time is to end: more than it takes to use it, on a machine that holds somebody up."""
+CLOCKS = 0.05
+"""Seconds by which two clocks differ over that time."""
 TO_ONESELF = {"go": "CONNECTION_FAILED", "js": "CONNECTION_FAILED", "rust": "PERMISSION_DENIED"}
 """What relays make of our "no" to a circuit that we asked for ourselves: all of them ask."""
 FOREIGN = ["go", "js"]
@@ -149,18 +153,20 @@ async def test_to_oneself_through_their_relay(kind: str, programs: Programs) -> 
 @pytest.mark.parametrize("kind", ALL)
 async def test_ours_at_their_limit_of_seconds(kind: str, programs: Programs) -> None:
     async with (
-        foreign_relay(kind, programs, "--relay-seconds", "2") as (address, _),
+        foreign_relay(kind, programs, "--relay-seconds", str(SECONDS)) as (address, _),
         ends.called("ours", programs, address) as called,
         open_node(Config(listen=())) as caller,
     ):
+        began = trio.current_time()
         await round_trip(await caller.connect(f"{address}/p2p-circuit/p2p/{called.peer}", ECHO))
         (here,) = caller.swarm.connections_to(called.peer)
-        began = trio.current_time()
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             await here.connection.wait_closed()
-        assert trio.current_time() - began == pytest.approx(2, abs=1)
-        # js tells 2000 seconds, in which we can't see that it means two
-        assert ("ended the circuit" if kind == "js" else "its 2 s are over") in str(here.connection.close_reason)
+        assert trio.current_time() - began > SECONDS - CLOCKS
+        # js tells 4000 seconds, in which we can't see that it means four
+        assert ("ended the circuit" if kind == "js" else f"its {SECONDS} s are over") in str(
+            here.connection.close_reason
+        )
         await called.disconnected(caller.peer_id)
 
 
@@ -252,13 +258,13 @@ async def test_theirs_at_our_limit_of_bytes(kind: str, programs: Programs) -> No
 
 @pytest.mark.parametrize("kind", FOREIGN)
 async def test_theirs_at_our_limit_of_seconds(kind: str, programs: Programs) -> None:
-    async with their_circuit(kind, programs, max_circuit_seconds=2) as (caller, called, told):
-        if kind == "js":
-            assert (await caller.process.wait("connected", peer=called.peer))["seconds"] == 2
+    async with their_circuit(kind, programs, max_circuit_seconds=SECONDS) as (caller, called, told):
+        if kind == "js":  # it tells what is left when it tells: thousands, or nothing, if it took the unit for another
+            assert 0 < (await caller.process.wait("connected", peer=called.peer))["seconds"] <= SECONDS
         await eventually(lambda: bool(told.of(CircuitClosed)))
         (closed,) = told.of(CircuitClosed)
         assert closed.reason == "max_circuit_seconds"
-        assert closed.seconds == pytest.approx(2, abs=0.5)
+        assert closed.seconds > SECONDS - CLOCKS
 
 
 def numbers(node: Node, peer: str) -> list[int]:

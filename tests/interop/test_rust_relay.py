@@ -130,7 +130,7 @@ async def test_rust_at_the_limit_of_bytes(rust_binary: Path) -> None:
 
 async def test_rust_at_the_limit_of_seconds(rust_binary: Path) -> None:
     async with (
-        our_relay(max_circuit_seconds=2) as (relay, told),
+        our_relay(max_circuit_seconds=4) as (relay, told),
         rust_through(rust_binary, relay.addresses[0]) as (called, address),
         running_peer(rust_binary, "dial", relay.addresses[0]) as caller,
     ):
@@ -139,7 +139,7 @@ async def test_rust_at_the_limit_of_seconds(rust_binary: Path) -> None:
         await caller.wait("disconnected", peer=called.peer)
         closed = (await until(told, CircuitClosed))[0]
         assert closed.reason == "max_circuit_seconds"
-        assert closed.seconds == pytest.approx(2, abs=0.5)
+        assert closed.seconds > 3.9
 
 
 # Our peers, rust's relay

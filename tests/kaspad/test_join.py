@@ -144,8 +144,8 @@ async def test_a_cut_and_a_new_stream_go_on_where_it_was(
         while await blocks_at(target) < blocks:
             async with linked(link):
                 before = await blocks_at(target)
-                with trio.move_on_after(2.0):
-                    # The first streams are cut in the middle of the sync.
+                # The first streams are cut in the middle of the sync; the last has all the time that there is.
+                with trio.move_on_after(2.0 if cuts < 3 else PLENTY):
                     await reach(target, min(blocks, before + 400) if cuts < 3 else blocks)
                 link.stream.reset()
             cuts += 1
@@ -216,9 +216,9 @@ async def test_the_same_node_from_the_same_address(make_node: MakeNode) -> None:
 
 
 async def test_too_many_pending_handshakes(make_node: MakeNode) -> None:
-    node = await make_node()
+    node, other = await make_node(), await make_node()
     address = KaspadAddress(node.host, node.p2p_port)
-    joiner = joiner_of(node, ALICE, FixedSource("127.5.0.1"))
+    link = Link(joiner_of(other, BOB), joiner_of(node, ALICE, FixedSource("127.5.0.1")))
     async with trio.open_nursery() as nursery:
         silent = []
         for _ in range(2):
@@ -237,11 +237,9 @@ async def test_too_many_pending_handshakes(make_node: MakeNode) -> None:
 
         nursery.start_soon(leave)
         started = trio.current_time()
-        other = await make_node()
-        link = Link(joiner_of(other, BOB), joiner)
         nursery.start_soon(link.run)
         await link.ready()
-        assert trio.current_time() - started < 3
+        assert trio.current_time() - started < 3, "kaspad itself forgets the silent ones after four"
         nursery.cancel_scope.cancel()
 
 

@@ -29,7 +29,7 @@ ENDED = 2.0
 """Seconds until a session has ended at the other side after its bridge was told to stop."""
 FORGOTTEN = 2.0
 """The same after a bridge that was killed has a place on a relay again, and can be reached: the other side tries that
-every 1.5 s."""
+every 1.25 s."""
 PATIENCE = 60.0
 """Seconds for what another process does in one or two, on a busy machine."""
 RELAYED = ("--punch.no-enabled",)
@@ -88,6 +88,10 @@ async def test_a_sync_goes_on_over_the_other_relay_when_one_is_killed(
         }
         gap = at.blocks.longest_gap(killed)
         before = at.blocks.longest_gap(0.0, killed)
+        for log in at.logs:
+            # Its end is seen, and not found out by silence; and the other one is at hand.
+            assert all(" is gone: " in event["reason"] for _, event in log.of("session-waiting", killed))
+            assert [event["path"]["relay"] == carrying for _, event in log.of("session-moved", killed)] == [False]
     print(f"without a block for {gap:.2f} s when the relay was killed, and for {before:.2f} s before that")
     assert gap < RESUMED
 
@@ -120,6 +124,10 @@ async def test_a_session_ends_when_a_bridge_starts_anew_and_the_sync_resumes(
         assert await at.blocks.settle() == []
         opened = [event["session"] for _, event in other.of("session-opened")]
         assert len({*opened}) == len(opened) == 3
+        # It was told so each time. Who waits for a path that does not come again loses the session for that reason.
+        forgotten, stopped = (event["code"] for _, event in other.of("session-ended"))
+        assert forgotten in ("restarted", "unknown")
+        assert stopped == "stopped"
         assert [len(watch.peers) for watch in at.watches] == [3, 3], "each kaspad had one peer after the other"
     print(
         f"it ended {after_kill:.2f} s after it could be reached again (kill -9), and {after_term:.2f} s after SIGTERM"

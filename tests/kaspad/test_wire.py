@@ -116,7 +116,7 @@ def test_settings_hold_at_both_ends() -> None:
 @pytest.mark.lab
 def test_two_wires_do_not_see_one_another(wire: Wire) -> None:
     with Wire() as other:
-        assert ask(other) < ask(wire)
+        assert min(ask(other) for _ in range(20)) < DELAY <= ask(wire)
         with other.b.socket(kind=socket.SOCK_DGRAM) as there, wire.a.socket(kind=socket.SOCK_DGRAM) as here:
             there.bind((other.b.address, 5000))
             there.settimeout(2 * DELAY)

@@ -22,7 +22,7 @@ from kas_libp2p.events import Event, PunchAdopted, PunchDialed
 from kas_libp2p.identity import Identity
 from kas_libp2p.metadata import PathKind
 from kas_libp2p.swarm import Swarm
-from kas_libp2p.transport._punch import Target
+from kas_libp2p.transport._punch import UNTRUSTED_PATIENCE, Target
 from natlab import Host, RunningLab
 from natlab.processes import Call
 
@@ -183,7 +183,7 @@ def test_two_homes_that_can_not_meet_know_it_when_the_window_ends(lab: RunningLa
     pair = between(lab, lab.public("relay"), alice, bob)
     for result in pair.punch(first=True, window=0.7):
         assert "unanswered" in result["failed"]
-        assert 0.7 <= result["seconds"] < 1.7
+        assert 0.7 <= result["seconds"] < WINDOW  # the system would go on for two minutes
 
 
 CROWD = 50
@@ -242,15 +242,26 @@ def test_a_crowd_at_once(lab: RunningLab) -> None:
     print(f"p95 {many[int(CROWD * 0.95)] * 1000:.0f}, last {many[-1] * 1000:.0f} ms")
 
 
-async def provoked(targets: list[str]) -> dict[str, int]:
-    """Whom a node sends how many SYNs when a peer names these addresses and nobody else has seen it there."""
+async def provoked(targets: list[str]) -> tuple[dict[str, int], float]:
+    """Whom a node sends how many SYNs when a peer names these addresses and nobody else has seen it there; and for how
+    many seconds the machine held it up at most."""
     sent: Counter[str] = Counter()
+    late = 0.0
+
+    async def tick() -> None:
+        nonlocal late
+        while True:
+            due = trio.current_time() + 0.02
+            await trio.sleep_until(due)
+            late = max(late, trio.current_time() - due)
+
     with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL)) as tap:
         tap.setblocking(False)
         swarm = Swarm(Identity.from_seed(bytes(32)))
         async with trio.open_nursery() as nursery:
             await nursery.start(swarm.carry)
             await swarm.listen(Multiaddr(f"/ip4/0.0.0.0/tcp/{PORT}"))
+            nursery.start_soon(tick)
             with pytest.raises(PunchFailed):
                 await swarm.punch(
                     RELAY,
@@ -267,7 +278,16 @@ async def provoked(targets: list[str]) -> dict[str, int]:
                 if (protocol, kind, packet[9]) == (ETH_P_IP, socket.PACKET_OUTGOING, socket.IPPROTO_TCP):
                     assert packet[33] & 0x12 == 0x02, "nothing but SYNs: nobody is there"
                     sent[socket.inet_ntoa(packet[16:20])] += 1
-    return dict(sent)
+    return dict(sent), late
+
+
+def provoked_in_time(alice: Host, targets: list[str]) -> dict[str, int]:
+    """The same of a run in which a dial could be given up before the system sent its SYN again."""
+    for _ in range(8):
+        sent, late = alice.python(provoked, targets)
+        if late < UNTRUSTED_PATIENCE / 2:
+            return sent
+    raise AssertionError("this machine is too busy to end a dial within a second")
 
 
 def test_what_a_peer_can_make_us_send(lab: RunningLab) -> None:
@@ -276,8 +296,8 @@ def test_what_a_peer_can_make_us_send(lab: RunningLab) -> None:
     bad += ["/ip4/169.254.1.1", "/ip4/224.0.0.1", "/ip4/240.0.0.1", "/ip4/255.255.255.255", "/ip4/0.0.0.0"]
     targets = [f"{each}/tcp/4001" for each in bad]
     targets += [f"/ip4/{answers.address}/tcp/{port}" for port in (22, 25, 443)]
-    assert alice.python(provoked, targets) == {}
-    sent = alice.python(
-        provoked, [*targets, f"/ip4/{silent.public_address}/tcp/4001", f"/ip4/{answers.address}/tcp/4001"]
+    assert provoked_in_time(alice, targets) == {}
+    sent = provoked_in_time(
+        alice, [*targets, f"/ip4/{silent.public_address}/tcp/4001", f"/ip4/{answers.address}/tcp/4001"]
     )
     assert sent == {silent.public_address: 1, answers.address: 3}

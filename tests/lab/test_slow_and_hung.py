@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from kas_libp2p import Config, Dialect, OverlayStream, open_node
-from kas_libp2p.kaspa._liveness import ANSWER_WITHIN, PROBE_AFTER
+from kas_libp2p.kaspa._liveness import OWED_FOR
 from kas_libp2p.kaspa.channel import PathHung, running
 from kas_libp2p.kaspa.dialect import channel_of
 from natlab import RunningLab
@@ -19,6 +19,9 @@ pytestmark = pytest.mark.lab
 BYTES = 600_000
 SECONDS = 8
 """They take longer than this at 50 kB/s, the queues on the way and the handshakes included."""
+SOON = OWED_FOR / 2
+"""Seconds, long before kaspad itself would give up. It takes five, and as many again each time the process was held up:
+silence that it has slept through counts for nothing (`tests/kaspa/test_liveness.py` holds the seconds)."""
 
 
 async def take(stream: OverlayStream) -> None:
@@ -55,6 +58,4 @@ def test_a_slow_line_is_waited_for_and_a_cut_one_left(lab: RunningLab) -> None:
     node.expect(f"^took {BYTES}$", timeout=60)
     assert time.monotonic() - begun > SECONDS
     lab.link("alice").cut()
-    begun = time.monotonic()
-    client.expect("^hung: the path hangs", timeout=60)
-    assert time.monotonic() - begun < PROBE_AFTER + ANSWER_WITHIN + 3
+    client.expect("^hung: the path hangs", timeout=SOON)

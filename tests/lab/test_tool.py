@@ -64,15 +64,19 @@ def test_two_homes_meet(lab: RunningLab, nats: tuple[str, str]) -> None:
     assert done.status == Exit.DONE, done.stdout + done.stderr
     events = events_of(done.stdout)
     (connected,) = of(events, "connected")
-    assert connected["path"]["kind"] == "punched"
+    kind = connected["path"]["kind"]
+    # Who lets everybody in is dialed beside the punch, and either may be first.
+    assert kind in (("punched", "direct") if "fc" in nats else ("punched",))
     assert connected["remote_address"].startswith(f"/ip4/{lab['bob'].public_address}/tcp/")
     assert connected["observed"].startswith(f"/ip4/{lab['alice'].public_address}/tcp/")
     (ended,) = of(events, "punch-ended")
-    assert (ended["reason"], ended["attempts"]) == ("punched", 1)
+    beside = kind == "direct" and "there is a direct connection" in ended["text"]
+    assert (ended["reason"], ended["attempts"]) == ("abandoned" if beside else "punched", 1)
     (summary,) = of(events, "ping-summary")
     assert summary["answered"] == 5
     assert summary["min"] > 0.05  # the lines' delays
-    homes.listener.expect(r"12D3KooW\S+  punched: direct, attempt 1, ")
+    if kind == "punched":
+        homes.listener.expect(r"12D3KooW\S+  punched: direct, attempt 1, ")
 
 
 def test_in_words(lab: RunningLab) -> None:
