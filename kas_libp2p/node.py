@@ -116,6 +116,7 @@ class Node:
         self._dice = random.Random()  # noqa: S311 - spreads load, guards nothing
         self._nursery: trio.Nursery | None = None
         self._checking: set[int] = set()  # connections, once for all sessions that need them
+        self._here: set[str] = set()  # IPs that we listened on when the interfaces were last looked at
         self._role: Role | None = None
         self._identify = identify.Identify(
             self.identity,
@@ -570,9 +571,10 @@ class Node:
         Raises:
             AddressError: it is neither.
         """
-        attached = [each for each in self.sessions if each.connection is not None]
+        attached = {each for each in self.sessions if each.connection is not None}
         self.swarm.ban(target, seconds)
-        for peer in {each.peer for each in attached if each.peer == target or each.connection is None}:
+        hit = [each for each in self.sessions if each.peer == target or (each in attached and each.connection is None)]
+        for peer in {each.peer for each in hit}:
             if self.swarm.connection_to(peer) is None:
                 self.sessions.end(peer, "the peer was banned")
 
@@ -835,9 +837,10 @@ class Node:
 
     def _network_changed(self) -> None:
         here = {where[0] for each in self.swarm.listen_addresses() if (where := addresses.ip_port(each)) is not None}
+        gone, self._here = self._here - here, here
         for each in self.connections:
             where = addresses.ip_port(each.connection.local_address)
-            if where is not None and where[0] not in here and each.path.kind is not PathKind.RELAYED:
+            if where is not None and where[0] in gone and each.path.kind is not PathKind.RELAYED:
                 self._check(each.connection, GONE_WITHIN, f"after this machine had lost its address {where[0]}")
 
     def _check(self, connection: Connection, within: float, why: str) -> None:

@@ -74,6 +74,9 @@ class MemoryRaw:
     def delivered(self) -> int:
         return self._out.delivered()
 
+    def undelivered(self) -> int:
+        return self._out.transferred - self._out.delivered()
+
     def _check(self, wire: _Wire) -> None:
         if self.closed:
             raise trio.ClosedResourceError("this pipe was closed here")

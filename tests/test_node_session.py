@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import trio
+import trio.lowlevel
 from trio.testing import MockClock
 
 from kas_libp2p import Config, Node
@@ -826,3 +827,38 @@ async def test_a_mistake_of_ours_ends_one_session_and_nothing_else(
         with pytest.raises(SessionLost):
             await stream.receive_some()
         await talk(await alice.connect(bob.peer_id))
+
+
+async def test_a_ban_ends_a_session_that_has_no_path_just_then(
+    internet: MemoryInternet, autojump_clock: MockClock
+) -> None:
+    async with village(internet) as v:
+        internet.listeners.clear()
+        for pair in internet.pipes:
+            for end in pair:
+                end.abort()
+        await eventually(lambda: v.stream.status().state is SessionState.WAITING)
+        v.alice.ban(v.bob.peer_id, 100)
+        banned = trio.current_time()
+        with pytest.raises(SessionLost, match="banned"):
+            await v.stream.receive_some()
+        assert trio.current_time() == banned
+
+
+async def test_a_connection_from_where_nobody_listens_is_not_asked_when_the_network_changes(
+    internet: MemoryInternet, autojump_clock: MockClock
+) -> None:
+    """It has lost nothing. And it may be a slow one, to which a second is too little."""
+    async with (
+        node_at(internet, 2, Config(listen=(BOB_AT,))) as bob,
+        node_at(internet, 3, Config(listen=("/ip4/11.0.0.3/tcp/1",))) as alice,
+    ):
+        await alice.swarm.dial(bob.peer_id, [BOB_AT])
+        (connection,) = alice.connections
+        connection.connection.local_address = "/ip4/192.0.2.1/tcp/50000"
+        host = alice.swarm.network
+        assert isinstance(host, MemoryHost)
+        host.extra.append("/ip4/11.0.0.33/tcp/1")
+        host.changed.set()
+        await trio.lowlevel.checkpoint()
+        assert not alice._checking

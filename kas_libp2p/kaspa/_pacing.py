@@ -21,8 +21,9 @@ LONGEST = 10.0
 """Seconds after which a backlog counts as over. What comes for longer than that is no backlog, but a sync that would be
 held up."""
 
-QUIET = 0.05
-"""Seconds without anything from the peer after which the backlog is over."""
+QUIET = 1.0
+"""Seconds without anything from the peer after which the backlog is over. More than a long relayed round trip (0.6 s):
+while a path is young, the backlog comes in flights of one round trip each, every one twice as large as the last."""
 
 _UNBOUNDED = frozenset({3, 21})
 """Transaction and TransactionNotFound: as many as one inventory may name have a place."""

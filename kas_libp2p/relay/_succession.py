@@ -228,6 +228,8 @@ class Succession:
         assert limits is not None
         assert relay is not None
         rate = self._rate(line, limits, now)
+        if not nears_end(limits, 0, rate):
+            self._short.pop(line.peer, None)
         self._look_within(now, SMALL_CHECK if is_small(limits) else CHECK)
         others = [each for each in lines if each.peer == line.peer and each.number != line.number]
         if any(_lasts(each.limits, rate) for each in others):

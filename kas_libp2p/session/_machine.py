@@ -148,10 +148,12 @@ class Hung:
 
     Attributes:
         silent_for: seconds in which nothing was heard on it.
+        asked: whether the other side was asked for something on it meanwhile. Of an old path nothing is asked.
     """
 
     path: int
     silent_for: float
+    asked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +214,7 @@ class _Path:
         ended: whether our direction is over.
         eof_at: seconds when the other direction ended; infinite before.
         gone: whether it is none of ours any more.
+        proven: whether the other side is known to send on it, or to be able to: something came behind an ATTACH.
         told_lost: the highest rank of a lost path when our ATTACH was made, if that said LOST.
     """
 
@@ -229,6 +232,7 @@ class _Path:
         "number",
         "parser",
         "probed",
+        "proven",
         "rank",
         "told_lost",
     )
@@ -247,6 +251,7 @@ class _Path:
         self.ended = False
         self.eof_at = math.inf
         self.gone = False
+        self.proven = False
         self.told_lost = 0
 
 
@@ -301,7 +306,7 @@ class Session:
         "_limit",
         "_linger_at",
         "_lost_at",
-        "_lost_rank",
+        "_lost_ranks",
         "_moved",
         "_opener",
         "_paths",
@@ -355,7 +360,7 @@ class Session:
         self._coming: _Path | None = None  # our ATTACH is on its way
         self._turn = 0  # the highest seen
         self._rank = 0  # of the path that became the current one last
-        self._lost_rank = 0  # the highest of a path whose loss the other side may not know of
+        self._lost_ranks: frozenset[int] = frozenset()  # of paths whose loss the other side may not know of
         self._lost_at = now
         self._reason = "no path yet"
         self.moves = 0
@@ -459,6 +464,11 @@ class Session:
         """Whether our direction was ended: nothing more may be written."""
         return self._fin_wanted
 
+    @property
+    def asks(self) -> bool:
+        """Whether the next `take` for the current path has a PROBE in it because that path is silent."""
+        return self._probe_due
+
     # The user's side
 
     def write(self, data: bytes) -> None:
@@ -526,6 +536,14 @@ class Session:
         if self.ended is None:
             self._end(End(code, reason, by_peer=False))
 
+    def forget(self, code: int, reason: str) -> None:
+        """Give up what came before it ended and was not read. Who reads is told this reason, and no end in order."""
+        if self.ended is not None and self._unread:
+            self._unread = []
+            self.unread = self._read_head = 0
+            self._peer_final = None
+            self.ended = End(code, reason, by_peer=False)
+
     # Paths
 
     def open(self, path: int, now: float) -> None:
@@ -577,7 +595,7 @@ class Session:
         if lost or self._current is None:
             lost = True
             self._lose_others(entry, "given up for another path", now)
-            entry.told_lost = self._lost_rank
+            entry.told_lost = max(self._lost_ranks, default=0)
         frame = Attach(self._acknowledge(), self.id, self._instance, self._grant(), turn, lost)
         entry.control = _wire.encode_attach(frame)
         self._schedule(now)
@@ -659,6 +677,9 @@ class Session:
         if entry.probed > entry.heard:  # from now on the next silence counts
             self.deadline = min(self.deadline, now + PROBE_AFTER)
         entry.heard = now
+        if data and not entry.proven:
+            entry.proven = True
+            self._drain_from(now)
         came = False
         try:
             for frame in entry.parser.feed(data):
@@ -824,13 +845,22 @@ class Session:
         if entry is self._coming:
             return entry.heard + ATTACH_WITHIN
         if entry is not self._current:
-            return entry.heard + DRAIN_WITHIN
+            # Our WELCOME may be lost: then the other side still sends on the old path, if it has anything to send.
+            waits = self._current is not None and not self._current.proven
+            return math.inf if waits else entry.heard + DRAIN_WITHIN
         return min(self._silence_due(entry, now), self._left_due(entry))
 
     def _silence_due(self, entry: _Path, now: float) -> float:
         if not self._owed(now):
             return math.inf
         return entry.probed + ANSWER_WITHIN if entry.probed > entry.heard else entry.heard + PROBE_AFTER
+
+    def _drain_from(self, now: float) -> None:
+        """From now on old paths have to come to their end: the new one works, or is gone."""
+        for entry in self._paths:
+            if entry.ended:
+                entry.heard = now
+                self.deadline = min(self.deadline, now + DRAIN_WITHIN)
 
     def _left_due(self, entry: _Path) -> float:
         return entry.eof_at + MOVED_AWAY if self._coming is None else math.inf
@@ -853,7 +883,8 @@ class Session:
             self._hang(entry, "the path hangs", now)
 
     def _hang(self, entry: _Path, reason: str, now: float) -> None:
-        self._commands.append(Hung(entry.number, now - entry.heard))
+        asked = entry is self._current or entry is self._coming
+        self._commands.append(Hung(entry.number, now - entry.heard, asked))
         self._drop(entry, reason, now, Code.TIMEOUT)
 
     def _owed(self, now: float) -> bool:
@@ -958,7 +989,7 @@ class Session:
         self._paths.remove(entry)
         entry.gone = True
         if entry.eof_at == math.inf:  # the other side may have sent more
-            self._lost_rank = max(self._lost_rank, entry.rank)
+            self._lost_ranks |= {entry.rank}
         self.ack_due = True  # the last one may be lost
         self._send_again(entry)
         current = self._current
@@ -976,6 +1007,8 @@ class Session:
             self._lost_at = now
             self._reason = reason
             self._probe_due = False
+            if not entry.proven:
+                self._drain_from(now)
             if self._coming is None:
                 self._commands.append(Waiting(entry.number, reason))
 
@@ -1046,8 +1079,8 @@ class Session:
             return
         if entry is self._coming:
             self._coming = None
-            if entry.told_lost >= self._lost_rank:  # our ATTACH said so, and was heard
-                self._lost_rank = 0
+            # Of what was lost before it, our ATTACH has told, and was heard.
+            self._lost_ranks = frozenset(each for each in self._lost_ranks if each > entry.told_lost)
             self._switch(entry, now, lost=frame.lost)
             self.ack_due = True
         elif frame.lost:
@@ -1062,6 +1095,8 @@ class Session:
             self._schedule(now)
         elif frame.code == Code.UNKNOWN and self._fin_ever and self.complete and self.acked == self._written:
             self._end(End(Code.ENDED, "", by_peer=True))  # the other side has ended it already
+        elif frame.code == Code.ENDED and not (self._fin_ever and self.complete):
+            raise RemoteProtocolError("an end in order before the end of both directions")
         else:
             code = Code(frame.code) if frame.code in set(Code) else frame.code
             self._end(End(code, frame.reason, by_peer=True))
@@ -1081,7 +1116,7 @@ class Session:
                 raise RemoteProtocolError(f"{received} bytes are acknowledged, of {self.sent} that were sent")
             received = self.sent
             self._fin_acked = self._fin_sent = True
-        self.acked = received
+        before, self.acked = self.acked, received
         sent, base = self._sent, self._base
         count = 0
         for piece in sent:
@@ -1098,7 +1133,7 @@ class Session:
         if len(self._paths) > 1:
             for entry in list(self._paths):
                 if entry.ended:
-                    if entry.high > entry.low:
+                    if entry.low < received and entry.high > before:  # of what went by it, something has come
                         entry.heard = now
                     self._look_over(entry)
         if self._fin_acked:
@@ -1218,10 +1253,12 @@ class Session:
 
     def _tell_lost(self, entry: _Path) -> bool:
         """Whether a frame on this path has to say that older ones are lost."""
-        if not 0 < self._lost_rank < entry.rank:
+        if not self._lost_ranks:
             return False
-        self._lost_rank = 0
-        return True
+        untold = frozenset(each for each in self._lost_ranks if each >= entry.rank)
+        told = len(untold) < len(self._lost_ranks)
+        self._lost_ranks = untold
+        return told
 
     def _ack(self, entry: _Path) -> bytes:
         return _wire.encode_ack(self._acknowledge(), self._grant(), self._tell_lost(entry))
@@ -1257,6 +1294,7 @@ class Session:
         self._paths = []
         self._current = self._coming = None
         self._unsent, self._sent, self._again, self._ahead = [], [], [], None
+        self._written = self.sent = self.acked
         self.ahead = 0
         if end.code not in (Code.ENDED, Code.LOST) and not self.complete:
             self._unread = []

@@ -211,6 +211,9 @@ class PathPolicy:
             if found is not None:
                 return Choice(found.number, ending, at_once=True)
             self.reason = f"{ending}, and there is no other path yet"
+            for each in others:
+                if not each.relayed:
+                    self._look_within(PROOF - each.age, now)
             return None
         self._look_before_end(here, others, now)
         choice = self._prefer(here, others, now)

@@ -26,6 +26,7 @@ import math
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from weakref import WeakSet
 
 import trio
 from trio import TaskStatus  # type: ignore[attr-defined,unused-ignore]  # libp2p brings stubs that lack it
@@ -133,6 +134,7 @@ class Sessions:
         self._instance = secrets.token_bytes(INSTANCE_SIZE)
         self._of: dict[PeerId, list[SessionStream]] = {}
         self._count = 0
+        self._unread: WeakSet[SessionStream] = WeakSet()  # that are over, and were not read to their end
         self._lately: OrderedDict[bytes, PeerId] = OrderedDict()
         self._nursery: trio.Nursery | None = None
         self._timer: trio.CancelScope | None = None
@@ -413,14 +415,18 @@ class Sessions:
 
     def _bound_memory(self, now: float) -> None:
         """A peer that acknowledges nothing has us hold a window full; many of them shall not take all the memory."""
-        for session in self:
+        some = [*self, *self._unread]
+        for session in some:
             session.look_at_progress(now)
-        held = sum(session.held for session in self)
+        some.sort(key=lambda each: (each.held * (now - each.got_on_at), each.held))
+        held = sum(each.held for each in some)
+        reason = "all sessions together hold too much, and this one most of it for longest"
         while held > self._config.max_memory:
-            worst = max(self, key=lambda each: (each.held * (now - each.got_on_at), each.held))
+            worst = some.pop()
             held -= worst.held
             self._limit(worst.stream, "session.max_memory")
-            worst.end(Code.BUSY, "all sessions together hold too much, and this one most of it for longest")
+            worst.end(Code.BUSY, reason)
+            worst.forget(Code.BUSY, reason)
 
     def rearm(self, session: SessionStream) -> None:
         """Its deadline may have come nearer."""
@@ -446,7 +452,7 @@ class Sessions:
         match command:
             case Switched():
                 self._switched(session, command, stream, now)
-            case Hung():
+            case Hung() if command.asked:
                 connection = stream.connection
                 if now - connection.heard_at >= command.silent_for - HEARD and connection.close_reason is None:
                     silence = f"nothing came from the peer for {command.silent_for:.1f} s, though it was asked"
@@ -511,6 +517,8 @@ class Sessions:
         some.remove(session)
         if not some:
             del self._of[session.peer]
+        if session.machine.unread:
+            self._unread.add(session)
         if session.machine.ended is not None and session.machine.ended.code == Code.ENDED:
             self._lately[session.machine.id] = session.peer
             if len(self._lately) > LATELY:

@@ -96,6 +96,7 @@ class SessionStream(OverlayStream):
     """
 
     __slots__ = (
+        "__weakref__",
         "_closed",
         "_gaps",
         "_got_on",
@@ -429,6 +430,10 @@ class SessionStream(OverlayStream):
             self.machine.reset(code, reason, now)
             self.settle(now)
 
+    def forget(self, code: Code, reason: str) -> None:
+        """Give up what came before it ended and was not read. Reading raises from now on."""
+        self.machine.forget(code, reason)
+
     async def aclose(self) -> None:
         """End our direction behind everything that was written, and read no more. Does not wait for the peer: the
         session lives until it has everything, for some seconds at most."""
@@ -493,7 +498,7 @@ class SessionStream(OverlayStream):
         """Its deadline has come."""
         machine = self.machine
         if (path := self._path) is not None:
-            machine.delivered(path.number, path.connection.delivered, now)
+            path.look_at_progress(now)
         if machine.deadline <= now:
             machine.on_timeout(now)
         self.settle(now)
@@ -537,7 +542,7 @@ class SessionStream(OverlayStream):
                     if code == Code.BUSY:
                         self.policy.lost(path.stream.connection.number, now)
                     path.drop(last)
-                case Hung():
+                case Hung() if command.asked:
                     self.policy.lost(path.stream.connection.number, now)
                 case Switched():
                     told[-1] = command, self.stream
@@ -566,7 +571,7 @@ class _Path:
     """
 
     __slots__ = (
-        *("_circuit", "_eof", "_given", "_least", "_mark", "_state", "_used"),
+        *("_asked_at", "_circuit", "_delivered", "_eof", "_given", "_least", "_mark", "_state", "_used"),
         *("connection", "number", "offered", "session", "stream"),
     )
 
@@ -583,6 +588,8 @@ class _Path:
         self._mark = self._state.mark = most - self._least + 1
         self._circuit: CircuitPipe | None = None
         self._used = self._given = 0
+        self._delivered = 0
+        self._asked_at = math.inf  # the end of the last PROBE, counted as `Connection.delivered` does
         if circuit is not None and circuit.limits.max_bytes is not None:
             self._circuit = circuit
             self._mark = self._state.mark = 1  # what has left makes room for half as much
@@ -649,16 +656,29 @@ class _Path:
         connection, state, machine = self.connection, self._state, self.session.machine
         room = connection.send_high_water - state.queued
         if room < -self._least:  # who asks on, and does not read, is answered when it does
+            if machine.asks:
+                self._asked_at = math.inf  # it has still to be asked
             return
         if room < self._least:
             room = 0
         if self._circuit is not None:
             room = min(room, self._share(self._circuit) - state.queued)
+        asks = machine.asks
         pieces = machine.take(self.number, room, now)
         if pieces:
             connection.write_all(state, pieces)
+            if asks and not machine.asks:
+                self._delivered = connection.delivered
+                self._asked_at = self._delivered + connection.undelivered + state.queued
             # Where a piece was too large for the room that was left, whatever leaves makes room for it.
             state.mark = min(self._mark, state.queued) if machine.unsent else self._mark
+
+    def look_at_progress(self, now: float) -> None:
+        """Tell the machine whether what was sent before it asked still moves. What was sent since says nothing: a host
+        takes it, or a relay, whatever has become of who is to answer."""
+        before, self._delivered = self._delivered, self.connection.delivered
+        if before < self._asked_at:
+            self.session.machine.delivered(self.number, self._delivered, now)
 
     def _share(self, circuit: CircuitPipe) -> int:
         """Bytes that may wait in a circuit's queue, as things stand.

@@ -228,6 +228,11 @@ class Connection:
         return self._raw.delivered()
 
     @property
+    def undelivered(self) -> int:
+        """Bytes on the wire, or about to be, that have not reached the peer's host, as far as is known."""
+        return self._raw.undelivered() + self.sealed
+
+    @property
     def heard_at(self) -> float:
         """When anything came from the peer last, or what was sent while it was asked moved on; on trio's clock."""
         return self._machine.heard_at

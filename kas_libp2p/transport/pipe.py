@@ -230,6 +230,10 @@ class CircuitPipe:
             self._mark = connection.sent + connection.sealed
         return min(connection.delivered, self._mark)
 
+    def undelivered(self) -> int:
+        """Bytes of this circuit that have not reached the relay's host; see `RawConnection`."""
+        return max(0, self._mark - self.delivered()) + self._state.queued if not self.closed else 0
+
     # Ending
 
     def send_eof(self) -> None:

@@ -56,6 +56,9 @@ class RawConnection(Protocol):
     def delivered(self) -> int:
         """Bytes that have reached the other end, as far as the pipe knows. Never fails; 0 once it is closed."""
 
+    def undelivered(self) -> int:
+        """Bytes that the pipe has taken and that have not reached the other end. Never fails; 0 once it is closed."""
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of ``data``. If cancelled, part of it may have been sent."""
 

@@ -115,12 +115,13 @@ class TcpRaw:
         remote: its peer's address as the socket gave it.
     """
 
-    __slots__ = ("_closed", "_moved", "_sock", "local_address", "remote_address")
+    __slots__ = ("_closed", "_moved", "_sent", "_sock", "local_address", "remote_address")
 
     def __init__(self, sock: socket.socket, remote: tuple[str | int, ...]) -> None:
         self._sock = sock
         self._closed = False
         self._moved = 0
+        self._sent = 0
         self.local_address: str = _text(sock.getsockname())
         """This end, as multiaddr text."""
         self.remote_address: str = _text(remote)
@@ -170,11 +171,17 @@ class TcpRaw:
     def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
         """Send what there is room for; see `RawConnection`."""
         try:
-            return self._sock.send(data)
+            count = self._sock.send(data)
         except BlockingIOError:
             return 0
         except OSError as error:
             raise self._broken(error) from error
+        self._sent += count
+        return count
+
+    def undelivered(self) -> int:
+        """Bytes that the other host has not acknowledged; see `RawConnection`."""
+        return max(0, self._sent - self.delivered()) if not self._closed else 0
 
     async def wait_writable(self) -> None:
         """Wait until there is room; see `RawConnection`."""

@@ -97,7 +97,7 @@ async def test_a_backlog_after_a_gap_is_paced_and_nothing_else_is(
         assert payload_number(backlog[-1]) == TRANSACTION
         await rig.burst(backlog)
         assert len(rig.arrived) <= ROUTE
-        await trio.sleep(1)
+        await trio.sleep(QUIET + 1)
         assert [message for _, message in rig.arrived] == backlog, "whole, in order"
         for second in (0.0, 0.1, 0.3, 0.5):
             assert sum(at <= 30 + second for at, _ in rig.arrived) <= ROUTE + second * RATE + 1
@@ -105,6 +105,25 @@ async def test_a_backlog_after_a_gap_is_paced_and_nothing_else_is(
         await rig.burst([ping(0)])  # after a pause: no backlog any more
         await rig.burst(first)
         assert len(rig.arrived) == 1001
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_backlog_that_comes_in_flights_of_a_round_trip_is_paced_to_its_end(
+    rig: Rig, autojump_clock: trio.testing.MockClock
+) -> None:
+    """On a path that is young each flight is twice the last one, and there is nothing between them."""
+    async with trio.open_nursery() as nursery:
+        await rig.run(nursery)
+        rig.gaps = 1
+        for flight in (70, 140, 280, 560, 1120):
+            await rig.burst([ping(n) for n in range(flight)])
+            await trio.sleep(0.6)  # a long relayed round trip
+        await trio.sleep(2)
+        came = [at for at, _ in rig.arrived]
+        assert len(came) == 70 + 140 + 280 + 560 + 1120
+        for first in range(0, len(came) - ROUTE - 1, 10):
+            for last in (first + ROUTE, len(came) - 1):
+                assert last - first <= ROUTE + (came[last] - came[first]) * RATE + 1
         nursery.cancel_scope.cancel()
 
 

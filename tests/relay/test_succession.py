@@ -23,7 +23,9 @@ from kas_libp2p.events import (
     SessionWaiting,
     SmallCircuits,
 )
-from kas_libp2p.metadata import OverlayStream
+from kas_libp2p.metadata import CircuitLimits, OverlayStream, PeerId
+from kas_libp2p.relay._renewal import Line
+from kas_libp2p.relay._succession import Succession, Way
 from kas_libp2p.relay.exchange import RELAYS
 from tests.network import MemoryInternet, echo, eventually, talk
 from tests.relay.scripted import Told, node_at
@@ -209,3 +211,17 @@ async def test_a_relay_that_has_no_more_is_believed(autojump_clock: MockClock) -
             (event,) = told.of(CircuitNotRenewed)
             assert "RESOURCE_LIMIT_EXCEEDED" in event.reason
         assert w.alice.shortage(w.bob.peer_id) > 60
+
+
+def test_who_goes_by_a_fresh_circuit_lacks_none() -> None:
+    peer, relay = PeerId("peer"), PeerId("relay")
+    limits = CircuitLimits(128 * KIB, 120.0, 100_000, 120.0)
+    ways = [Way(relay, foreign=True, limits=limits)]
+    machine = Succession(small_circuits=False)
+    machine.asked(relay, 1000.0)
+    old = Line(1, peer, relay, True, 113.0, True, replace(limits, seconds_left=7.0), True)
+    assert machine.due([old], 1010.0, lambda _: ways) == []
+    assert machine.shortage(peer, 1010.0) > 60
+    fresh = Line(2, peer, relay, False, 1.0, True, replace(limits, seconds_left=119.0), True)
+    assert machine.due([fresh], 1015.0, lambda _: ways) == []
+    assert machine.shortage(peer, 1015.0) == 0

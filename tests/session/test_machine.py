@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kas_libp2p.errors import LocalProtocolError
 from kas_libp2p.session import _machine, _wire
 from kas_libp2p.session._machine import (
+    DRAIN_WITHIN,
     Broken,
     Command,
     DropPath,
@@ -1099,3 +1100,69 @@ def test_a_probe_is_answered_at_once() -> None:
     side.receive(1, _wire.encoded_probe, 0.0)
     assert side.pending(1)
     assert side.take(1, 0, 0.0) == [ack(0, 256 * KIB)]
+
+
+def test_traffic_on_a_new_path_keeps_no_old_one_alive() -> None:
+    both = Both()
+    both.sides[0].write(b"by the old path")
+    both.settle()
+    put = both.put
+    both.put = lambda path, number, piece: None if (path, number, piece) == (1, 1, None) else put(path, number, piece)  # type: ignore[method-assign]
+    both.attach(0, 2)
+    both.settle()
+    assert both.sides[0].paths == (1, 2), "the other side's end does not come"
+    for _ in range(math.ceil(DRAIN_WITHIN)):
+        both.sides[0].write(b"by the new one")
+        both.settle()
+        both.pass_time(1.0)
+    assert both.sides[0].paths == (2,)
+
+
+def test_that_a_path_is_lost_is_told_although_one_that_ranks_higher_is_lost_as_well() -> None:
+    both = Both()
+    a, b = both.sides
+    b.write(b"b" * 1000)
+    both.pump(1)
+    both.lose(1, 0)  # a alone notices
+    both.attach(0, 2)
+    both.pump(0)
+    both.cut.add(2)
+    both.wire.clear()
+    a.path_lost(2, "cut", both.now)
+    both.attach(1, 3)  # for reasons of its own; it ranks between the two
+    both.settle()
+    assert a.current == b.current == 3
+    assert both.got[0] == b"b" * 1000, "at once, and not when the old path is given up"
+
+
+def test_an_end_in_order_is_none_before_both_have_ended() -> None:
+    both = Both()
+    a, _ = both.sides
+    a.write(b"under way")
+    a.receive(1, _wire.encode_reset(Code.ENDED, "all is well"), both.now)
+    assert a.ended is not None
+    assert (a.ended.code, a.ended.by_peer) == (Code.PROTOCOL, False)
+    assert [each.reason for each in a.take_commands() if isinstance(each, Broken)] == [
+        "an end in order before the end of both directions"
+    ]
+
+
+def test_who_was_attached_to_waits_with_the_old_path_until_the_new_one_works() -> None:
+    both = Both()
+    both.attach(1, 2)
+    both.pump(1)
+    both.deliver(2, 1)
+    both.cut.add(2)  # the answer is lost
+    both.settle()
+    assert both.sides[0].paths == (1, 2)
+    for number in both.sides:
+        number.take_commands()
+    both.now += DRAIN_WITHIN
+    both.sides[0].on_timeout(both.now)
+    assert both.sides[0].paths == (1, 2), "the other side may still go by it"
+    both.sides[0].path_lost(2, "cut", both.now)
+    both.now += DRAIN_WITHIN
+    both.sides[0].on_timeout(both.now)
+    assert both.sides[0].paths == ()
+    (hung,) = (each for each in both.sides[0].take_commands() if isinstance(each, Hung))
+    assert not hung.asked, "its connection may be healthy"

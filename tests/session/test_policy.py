@@ -195,6 +195,15 @@ def test_it_looks_again_before_the_end_if_there_is_somewhere_to_go() -> None:
     assert policy.look_at == 200.0 + CHECK
 
 
+def test_it_looks_again_when_a_direct_path_counts_as_proven_though_the_circuit_ends() -> None:
+    ending = circuit(1, limits(14.0, max_seconds=120))
+    policy = on(ending)
+    young = direct(age=PROOF - 2, proven=False)
+    assert choose(policy, 1, ending, young, now=100.0) is None
+    assert policy.look_at == pytest.approx(102.0)
+    assert choose(policy, 1, circuit(1, limits(12.0, max_seconds=120)), direct(age=PROOF, proven=False), now=102.0) == 2
+
+
 # Lost
 
 

@@ -24,6 +24,7 @@ from kas_libp2p.events import (
 )
 from kas_libp2p.metadata import SESSION, Path, PathKind, PeerId
 from kas_libp2p.session import _wire, service
+from kas_libp2p.session._machine import ANSWER_WITHIN, OWED_FOR, PROBE_AFTER
 from kas_libp2p.session._wire import Attach, Code, Open, Parser, Reset, Welcome
 from kas_libp2p.session.service import STALE
 from kas_libp2p.session.stream import SessionStream
@@ -50,6 +51,60 @@ async def pass_on(ours: SessionStream, theirs: SessionStream, what: bytes = b"he
 
 
 # -- Where it goes on --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writes", [False, True])
+async def test_a_path_hangs_though_a_host_or_a_relay_takes_what_is_written(
+    writes: bool, autojump_clock: MockClock
+) -> None:
+    """The other side has stopped. What was sent since it was asked says nothing of it."""
+    async with sides() as s:
+        ours, theirs = await s.session()
+        await pass_on(ours, theirs)
+        await pass_on(theirs, ours)
+        _, there = s.raws[0]
+        there._in.capacity = 6 * MIB
+        there.receive_nowait = lambda buffer: None  # type: ignore[method-assign]
+        there.wait_readable = trio.sleep_forever  # type: ignore[method-assign]
+        there.send_nowait = lambda data: 0  # type: ignore[method-assign]
+        there.wait_writable = trio.sleep_forever  # type: ignore[method-assign]
+        s.b.sessions._table.clear()
+        await trio.sleep(1)
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+
+            async def write() -> None:
+                while True:
+                    await ours.send_all(bytes(500))
+                    await trio.sleep(0.1 if writes else math.inf)
+
+            nursery.start_soon(write)
+            await eventually(lambda: bool(s.a.bus.of(SessionWaiting)))
+            nursery.cancel_scope.cancel()
+        assert s.a.bus.of(SessionWaiting)[0].reason == "the path hangs"
+        assert trio.current_time() - began < PROBE_AFTER + 2 * ANSWER_WITHIN
+
+
+@pytest.mark.parametrize("idle", [0.0, OWED_FOR + 10])
+async def test_a_move_whose_new_path_dies_at_once_leaves_the_old_connection_alone(
+    idle: float, autojump_clock: MockClock
+) -> None:
+    """The other side has answered, and that was lost: neither is to think ill of the connection that it has left."""
+    async with sides() as s:
+        ours, theirs = await s.session()
+        await pass_on(ours, theirs)
+        await trio.sleep(5 + idle)
+        await s.connect()
+        here, _ = s.raws[1]
+        here._in.delay = math.inf
+        await s.a.sessions._attach(ours, s.a.connections[1], "for the test")
+        await trio.sleep(0.1)
+        assert theirs.connection is s.b.connections[1]
+        assert ours.connection is s.a.connections[0]
+        await trio.sleep(6)
+        await pass_on(theirs, ours)
+        assert s.a.connections[0].close_reason is s.b.connections[0].close_reason is None
+        assert theirs.connection is s.b.connections[0]
 
 
 @pytest.mark.parametrize("attempt", range(5))
@@ -87,7 +142,7 @@ async def test_it_is_tried_again_and_again_until_patience_is_over(autojump_clock
         ours, _ = await s.session()
         s.a.connections[0].abort()
         await trio.sleep(10)
-        assert s.a.asked == 8  # at 0, 0.5, 1.5, 3, 4.5, …
+        assert s.a.asked == 9  # at 0, 0.5, 1.5, 2.75, 4, …
         assert ours.status().reason == "there is no way"
         with pytest.raises(SessionLost, match="no path for 20 s"):
             await ours.receive_some()
@@ -359,6 +414,26 @@ async def test_all_sessions_together_hold_no_more_than_is_allowed(autojump_clock
         assert lost.value.code == "busy"
         assert [each.reason for each in s.b.bus.of(LimitHit)] == ["session.max_memory"]
         assert sum(each.held for each in s.b.sessions) == 500 * KIB
+
+
+async def test_what_nobody_reads_counts_although_the_session_is_over(autojump_clock: MockClock) -> None:
+    settings = configured(max_per_peer=9, max_memory=MIB, patience=5.0)
+    async with sides(a=settings, b=settings) as s:
+        for end in (True, False):
+            for _ in range(4):
+                ours, _ = await s.session()
+                await ours.send_all(bytes(200 * KIB))
+            await trio.sleep(2)
+            if end:
+                s.a.connections[0].abort()
+                await eventually(lambda: not len(s.b.sessions))
+                assert sum(each.machine.unread for each in s.b.inbound) == 800 * KIB, "it can still be read"
+                assert all(each.machine.in_flight == 0 for each in s.b.inbound)
+                await s.connect()
+        assert sum(each.machine.unread for each in s.b.inbound) <= MIB
+        forgotten = s.b.inbound[0]
+        with pytest.raises(SessionLost, match="hold too much"):
+            await forgotten.receive_some()
 
 
 # -- What a peer can do ------------------------------------------------------------------------------------------------
