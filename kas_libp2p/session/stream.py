@@ -42,8 +42,6 @@ from kas_libp2p.transport.yamux.stream import YIELD_AFTER, YamuxStream
 RESERVE = 16 * KIB
 """Bytes of a circuit that are left for frames' heads, acknowledgements and the move away from it; at most a part in 64:
 a session leaves it when a part in 16 is left, and has to come to that."""
-
-
 LEAST_ROOM = 64 * KIB
 """Bytes that a path's queue has to have room for before it is given more: then pieces need not be cut."""
 
@@ -625,7 +623,7 @@ class _Path:
         if state.eof and not self._eof:
             self._eof = True
             machine.path_eof(self.number, now)
-        if state.reset == (True, StreamCode.NEGOTIATION):
+        if state.reset == (True, StreamCode.NEGOTIATION) and machine.current in (self.number, None):
             session.end(Code.UNKNOWN, "the peer takes no sessions any more")
         elif (why := self.stream.broken) is not None:
             self.lost(why, now)

@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from kas_libp2p.config import KIB, MIB, Config
-from kas_libp2p.errors import ConnectionLost, Refused, SessionLost
+from kas_libp2p.errors import ConnectionLost, Refused, SessionLost, StreamCode
 from kas_libp2p.events import (
     InternalError,
     LimitHit,
@@ -51,6 +51,32 @@ async def pass_on(ours: SessionStream, theirs: SessionStream, what: bytes = b"he
 
 
 # -- Where it goes on --------------------------------------------------------------------------------------------------
+
+
+async def test_a_peer_that_takes_no_sessions_any_more(autojump_clock: MockClock) -> None:
+    """It says so on a path to which we move: that one is none. And then on the only one."""
+    async with sides() as s:
+        ours, theirs = await s.session()
+        await pass_on(ours, theirs)
+        await s.connect()
+
+        async def refuse(stream: YamuxStream) -> None:
+            await stream.receive_some(1)
+            stream.reset(StreamCode.NEGOTIATION)
+
+        async def no_attach(session: SessionStream, connection: Connection, reason: str) -> None:
+            await trio.sleep_forever()
+
+        s.b._serve = refuse  # type: ignore[method-assign]
+        s.b.sessions._attach = no_attach  # type: ignore[assignment]
+        await s.a.sessions._attach(ours, s.a.connections[1], "for the test")
+        await trio.sleep(0.1)
+        assert ours.connection is s.a.connections[0]
+        await pass_on(ours, theirs)
+        s.a.connections[0].abort()
+        with pytest.raises(SessionLost, match="takes no sessions any more") as lost:
+            await ours.receive_some()
+        assert lost.value.code == "unknown"
 
 
 @pytest.mark.parametrize("writes", [False, True])
