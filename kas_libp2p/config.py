@@ -238,8 +238,8 @@ class PunchConfig:
         allow_private: for laboratories: private addresses may be told and dialed.
         share_local: whether a node of this project behind the same router is told our local addresses.
         predict: whether the next ports of a NAT that counts them up are guessed, which costs 16 SYNs.
-        birthday: whether many ports are tried at once where nothing else can work and the peer agreed. Up to 768
-            sockets and SYNs on both sides together, so it looks like a port scan.
+        birthday: whether many ports are tried at once where nothing else can work, or a guess has failed, and the peer
+            agreed. Up to 768 sockets and SYNs on both sides together, so it looks like a port scan.
         keepalive: seconds of silence after which a punched connection is pinged: below what home routers remember.
         steady: seconds after which a direct connection has lasted. One that broke before is a failure, as one that
             comes and goes is worse than none. The waits after failures are counted in it: with 6 instead of 600

@@ -383,6 +383,13 @@ def _block(ports: Iterable[int]) -> tuple[int, int, int] | None:
     return None
 
 
+def may_draw(nat: Nat) -> bool:
+    """Whether a NAT that seems to count its ports up may draw them from a block all the same: a few of these may stand
+    in order by chance. That a guess has failed says so.
+    """
+    return nat.ports is Ports.SEQUENTIAL and _block(each.port for each in nat.sightings) is not None
+
+
 # Guessing ports
 
 
@@ -434,8 +441,8 @@ def spread(drawing: Nat, dice: Dice) -> Spread:
         drawing: the NAT that maps by destination.
         dice: chance.
     """
-    block = _block([each.port for each in drawing.sightings]) if drawing.ports is Ports.BLOCK else None
-    if block is not None and drawing.sightings:
+    block = _block(each.port for each in drawing.sightings) if drawing.sightings else None
+    if block is not None:
         size, sockets, probes = block
         low = drawing.sightings[0].port // size * size
     else:

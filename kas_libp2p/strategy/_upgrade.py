@@ -33,7 +33,7 @@ from kas_libp2p.events import CircuitReplaced, Event, IntentTold, PathProven, Up
 from kas_libp2p.metadata import Path, PeerId
 from kas_libp2p.strategy._intent import Answer, Intent
 from kas_libp2p.strategy._memory import Cause, Entry, Memory, Side, side
-from kas_libp2p.strategy._nat import Chance, NatFacts, Verdict, in_words, possible
+from kas_libp2p.strategy._nat import Chance, NatFacts, Verdict, in_words, may_draw, possible
 from kas_libp2p.strategy._plan import ConnectionStrategy, Plan, Relayed, Way
 from kas_libp2p.units import seconds as duration
 
@@ -348,11 +348,20 @@ class Upgrades:
         record = self._peers.get(peer)
         return record.intent if record is not None else None
 
-    def tries_many(self, peer: PeerId) -> bool:
-        """Whether nothing but many ports at once can work with a peer, and both sides agreed to try that."""
+    def tries_many(self, peer: PeerId, attempt: int) -> bool:
+        """Whether nothing but many ports at once can work with a peer, as far as is known, and both sides agreed to it.
+
+        Args:
+            attempt: counts from 1. Where a first one has failed to guess ports, they may be drawn.
+        """
         intent = self.theirs(peer)
-        agreed = self._config.birthday and intent is not None and intent.birthday
-        return agreed and intent is not None and possible(self._ours, intent.nat).chance is Chance.BIRTHDAY
+        if intent is None or not (self._config.birthday and intent.birthday):
+            return False
+        verdict = possible(self._ours, intent.nat)
+        if verdict.chance is not Chance.PREDICTION or verdict.family is None or attempt <= 1:
+            return verdict.chance is Chance.BIRTHDAY
+        nats = (facts.of(verdict.family) for facts in (self._ours, intent.nat))
+        return any(may_draw(nat) for nat in nats if nat is not None)
 
     def is_replaced(self, peer: PeerId, by: int) -> bool:
         """Whether a direct connection is still proven, and so the relayed ones are replaceable."""

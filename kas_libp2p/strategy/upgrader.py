@@ -228,15 +228,16 @@ class Upgrader:
                 await asking.wait()
 
     def tries_many(self, peer: PeerId) -> bool:
-        """Whether nothing but many ports at once can work with a peer, and both sides agreed to try that."""
-        return self._machine.tries_many(peer)
+        """Whether nothing but many ports at once can work in the present attempt, and both sides agreed to try that."""
+        return self._machine.tries_many(peer, self._aimed.get(peer, 0))
 
     def aim(self, peer: PeerId, targets: Sequence[Target]) -> tuple[Target, ...]:
         """What to dial in a punch.
 
         At a NAT that counts its ports up the next ports, in their order; at one that draws them, some that it may draw,
-        if both sides agreed to that. Where others have seen the peer behind such a NAT, nothing leads to it. Where our
-        own NAT draws ports, the peer is dialed from many, if both agreed. Further attempts take in more.
+        if both sides agreed to that; after a wrong guess both, if it may be of either kind. Where others have seen the
+        peer behind such a NAT, nothing leads to it. Where our own NAT draws ports, the peer is dialed from many, if
+        both agreed. Further attempts take in more.
 
         Args:
             targets: where the peer may be met.
@@ -261,9 +262,11 @@ class Upgrader:
         nat = intent.nat.of(6 if ":" in ip else 4) if intent is not None else None
         if nat is None:
             return ()
-        if nat.ports is Ports.SEQUENTIAL:
-            return predict(nat.sightings, min(attempt * PREDICTED, MOST_PREDICTED)) if self._config.predict else ()
-        return spread(nat, self._dice).ports if spreads and nat.mapping is Mapping.DEPENDENT else ()
+        counts = nat.ports is Ports.SEQUENTIAL and self._config.predict
+        found = predict(nat.sightings, min(attempt * PREDICTED, MOST_PREDICTED)) if counts else ()
+        if spreads and nat.mapping is Mapping.DEPENDENT:
+            found += spread(nat, self._dice).ports
+        return tuple(dict.fromkeys(found))
 
     def _sources(self, ip: str) -> int:
         nat = self._ours()[0].of(6 if ":" in ip else 4)

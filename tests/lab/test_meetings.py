@@ -57,9 +57,11 @@ def test_one_pair_of_each_two_groups_twenty_times(pair: tuple[str, str]) -> None
 
 
 def test_nats_that_draw_ports_are_hit_where_both_sides_agreed() -> None:
-    blocks = [*[("symblk", "pr"), ("eimx", "symblk")] * 4, ("symblk", "naive"), ("pr-rst", "symblk")]
+    blocks = [*[("symblk", "pr"), ("eimx", "symblk")] * 4, ("symblk", "naive"), ("pr-rst", "symblk")] * 2
     found = meetings([*blocks, ("sym", "pr"), ("eimx", "adm"), ("sym", "symblk")], many=True, at_once=2)
     print(shown(found))
+    for each in found:
+        print(f"{' x '.join(each.nats)}: {each.path}, {each.attempts} attempts: {each.reason}")
     assert sum(each.direct for each in found[: len(blocks)]) >= 0.9 * len(blocks), "out of a few hundred ports"
     assert any(each.direct for each in found[len(blocks) : -1]), "out of all: nine of ten, and three attempts"
     assert (found[-1].path, found[-1].attempts) == ("relayed", 0), "two that draw never meet"

@@ -489,6 +489,31 @@ async def test_many_ports_are_dialed_and_dialed_from_if_both_agreed(
         assert here.bob.upgrader.aim(ALICE.peer_id, [there]) == (there,)  # that was enough for ten minutes
 
 
+async def test_after_a_wrong_guess_ports_that_seem_to_be_counted_may_be_drawn(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    """Three ports of a block stand in order once in a while."""
+    async with world(birthday=True) as here:
+        here.alice.facts = SYMSEQ
+        here.alice.upgrader._machine._config = replace(PunchConfig(), birthday=True)
+        here.up(here.circuit)
+        await trio.sleep(0.12)
+        there, here_at = target("/ip4/11.2.0.1/tcp/40002"), target("/ip4/11.1.0.1/tcp/16117")
+        bob, alice = here.bob.upgrader, here.alice.upgrader
+        first = bob.aim(ALICE.peer_id, [there])
+        assert alice.aim(BOB.peer_id, [here_at]) == (here_at,)
+        assert not bob.tries_many(ALICE.peer_id)
+        assert not alice.tries_many(BOB.peer_id)
+        second = bob.aim(ALICE.peer_id, [there])
+        assert second[:PREDICTED] == first
+        assert 2 * PREDICTED < len({*second}) == len(second) <= 2 * PREDICTED + 64
+        where = [addresses.ip_port(each.address) for each in second[2 * PREDICTED :]]
+        assert all(each is not None and 39936 <= each[1] < 40448 for each in where)
+        assert len(alice.aim(BOB.peer_id, [here_at])) == 1 + 32
+        assert bob.tries_many(ALICE.peer_id)
+        assert alice.tries_many(BOB.peer_id)
+
+
 async def test_nothing_is_guessed_where_that_is_switched_off(autojump_clock: trio.abc.Clock) -> None:
     async with world(predict=False) as here:
         here.alice.facts = SYMSEQ
