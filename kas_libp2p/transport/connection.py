@@ -209,6 +209,7 @@ class Connection:
         self._closing: str | None = None
         self._aborted = False
         self._delivered = 0
+        self._pinged_at = 0  # bytes on the wire, and about to be, when the ping was sent that is waited for
         self._finished = False
         self._drained: trio.Event | None = None
         self._pings: dict[int, trio.Event] = {}
@@ -595,9 +596,12 @@ class Connection:
             if self._alive():
                 now = trio.current_time()
                 before, self._delivered = self._delivered, raw.delivered()
-                if machine.pinging and self._delivered - before > PING_ON_WIRE:
-                    machine.heard(now)  # what we sent still moves: the ping may lie behind it
+                pinging = machine.pinging
+                if pinging and before < self._pinged_at and self._delivered - before > PING_ON_WIRE:
+                    machine.heard(now)  # what was sent before still moves: the ping lies behind it
                 dead = machine.on_timeout(now)
+                if machine.pinging and not pinging:
+                    self._pinged_at = self._delivered + self.undelivered
                 if dead is not None:
                     self._aborted = self.broke = True
                     self._end(dead)
@@ -686,6 +690,8 @@ class Connection:
         await checkpoint_if_cancelled()
         if self.close_reason is not None:
             raise ConnectionLost(self.close_reason)
+        if not self._machine.pinging:
+            self._pinged_at = self.delivered + self.undelivered
         value = self._machine.ping(trio.current_time())
         event = self._pings[value] = trio.Event()
         self.flush_soon()

@@ -720,20 +720,37 @@ async def test_a_peer_that_went_silent_is_noticed(autojump_clock):
 
 
 async def test_a_slow_line_is_waited_for(autojump_clock):
+    """A ping lies behind what was sent before it, for as long as that moves."""
     raws = memory_pair(capacity=1 << 20)
     alice, _ = await upgraded(raws)
-    raws[0]._out.delay = 15  # bob does not run, but what alice sends arrives, for as long as it does
     async with trio.open_nursery() as nursery:
-        await nursery.start(run, alice)
+        await nursery.start(run, alice)  # bob does not run
         stream = await alice.open_stream()
-        for _ in range(100):
+        for second in range(29, 130):  # a kilobyte arrives every second
+            raws[0]._out.delay = second
             await stream.send_all(bytes(1000))
-            await trio.sleep(1)
+            await wait_all_tasks_blocked()
+        await trio.sleep(129)
         assert alice.close_reason is None
         begun = trio.current_time()
         await alice.wait_closed()
-        assert trio.current_time() - begun <= 15 + 10 + 10
+        assert trio.current_time() - begun <= 10 + 10
         assert "unanswered" in alice.close_reason
+
+
+async def test_what_is_sent_behind_a_ping_says_nothing(autojump_clock):
+    """The peer has stopped, and its host, or a relay, takes what we send: for hours, if that is little."""
+    raws = memory_pair(capacity=1 << 20)
+    alice, _ = await upgraded(raws)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run, alice)  # bob does not run
+        stream = await alice.open_stream()
+        begun = trio.current_time()
+        with pytest.raises(ConnectionLost, match="unanswered"):
+            while True:
+                await stream.send_all(bytes(100))
+                await trio.sleep(1)
+        assert trio.current_time() - begun == pytest.approx(40, abs=10)
 
 
 async def test_a_ping_that_is_never_answered(autojump_clock):
