@@ -745,12 +745,11 @@ async def test_what_is_sent_behind_a_ping_says_nothing(autojump_clock):
     async with trio.open_nursery() as nursery:
         await nursery.start(run, alice)  # bob does not run
         stream = await alice.open_stream()
-        begun = trio.current_time()
-        with pytest.raises(ConnectionLost, match="unanswered"):
-            while True:
+        for _ in range(50):
+            if alice.close_reason is None:
                 await stream.send_all(bytes(100))
                 await trio.sleep(1)
-        assert trio.current_time() - begun == pytest.approx(40, abs=10)
+        assert alice.close_reason == "the peer said nothing and left a ping unanswered for 10 s"
 
 
 async def test_a_ping_that_is_never_answered(autojump_clock):

@@ -50,6 +50,7 @@ class BridgeProcess:
         self.folder = folder
         self.host = node.inside.address if node.inside is not None else LOOPBACK
         self.port = free_port(node.inside, self.host)
+        self._listen = "0.0.0.0" if node.inside is not None else self.host  # noqa: S104 - a namespace of its own
         self._command = command
         self._flags = flags
         self.process: Process
@@ -64,7 +65,7 @@ class BridgeProcess:
             f"--kaspad={LOOPBACK}:{self.node.p2p_port}",
             "--network=simnet",
             f"--rpc={LOOPBACK}:{self.node.rpc_port}",
-            f"--listen=/ip4/{self.host}/tcp/{self.port}",
+            f"--listen=/ip4/{self._listen}/tcp/{self.port}",
             *self._flags,
         ]
 
