@@ -40,6 +40,7 @@ Signs of life
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -1119,11 +1120,10 @@ class Session:
         before, self.acked = self.acked, received
         sent, base = self._sent, self._base
         count = 0
-        for piece in sent:
-            end = base + len(piece)
-            if end > received:
+        for size in map(len, sent):
+            if base + size > received:
                 break
-            base = end
+            base += size
             count += 1
         if count:
             del sent[:count]
@@ -1346,8 +1346,10 @@ def _cut(pieces: list[bytes], head: int, most: int) -> tuple[list[bytes], int, i
         pieces[0] = piece[head:]
     count = 1
     most = min(most, FRAME)
-    while count < len(pieces) and size + len(pieces[count]) <= most:
-        size += len(pieces[count])
+    for more in map(len, itertools.islice(pieces, 1, None)):
+        if size + more > most:
+            break
+        size += more
         count += 1
     taken = pieces[:count]
     del pieces[:count]

@@ -157,7 +157,7 @@ class SessionStream(OverlayStream):
         self._since_yield = 0
         self._got_on = 0  # bytes that had come to their end then
         self.got_on_at = self.opened_at
-        self._space = 0  # bytes that may be written at least; it may have become more since
+        self._space = 0  # bytes that may be written at least, nothing if that must be looked at; it may be more by now
 
     def __repr__(self) -> str:
         return f"<session {self.machine.id.hex()[:8]} with {self.peer}>"
@@ -278,24 +278,25 @@ class SessionStream(OverlayStream):
             trio.BusyResourceError: another task is writing.
         """
         await checkpoint_if_cancelled()
-        if self._closed or self.machine.finished or self.machine.ended is not None or self._writable.task is not None:
+        if self._space <= 0:
             self._check_writable()
-        if self._space <= 0 and self._full():  # what a cancelled write left
-            await self._room()
+            if self._full():  # what a cancelled write left
+                await self._room()
         if data:
-            self._write(data if type(data) is bytes else bytes(data))
+            piece = data if type(data) is bytes else bytes(data)
+            self.machine.write(piece)
+            self._space -= len(piece)
+            path = self._path
+            if path is not None and not path.offered:
+                self._offer(path, len(piece))
             if self._space <= 0 and self._full():
                 await self._room()
 
-    def _write(self, data: bytes) -> None:
-        """Keep it, to be framed with what else there is when the path's connection sends next."""
-        self.machine.write(data)
-        self._space -= len(data)
-        path = self._path
-        if path is not None and not path.offered:  # else it will be asked soon
-            path.offered = True
-            path.connection.offers.append(path)
-            path.connection.wrote(len(data))
+    def _offer(self, path: _Path, size: int) -> None:
+        """Have what was written framed, with what else there is by then, when the path's connection sends next."""
+        path.offered = True
+        path.connection.offers.append(path)
+        path.connection.wrote(size)
 
     def send_nowait(self, data: bytes) -> bool:
         """Write if that needs no waiting; see `OverlayStream`."""
@@ -308,7 +309,10 @@ class SessionStream(OverlayStream):
             or (self._space <= len(data) and (self._full() or self._space <= len(data)))
         ):
             return False
-        self._write(data)
+        self.machine.write(data)
+        self._space -= len(data)
+        if not self._path.offered:
+            self._offer(self._path, len(data))
         return True
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -330,6 +334,7 @@ class SessionStream(OverlayStream):
         self._check_writable()
         now = trio.current_time()
         self.machine.finish(now)
+        self._space = 0
         self.settle(now)
 
     def _full(self) -> bool:
@@ -337,6 +342,8 @@ class SessionStream(OverlayStream):
         machine, path = self.machine, self._path
         unsent = machine.unsent if path is None else machine.unsent + path.stream.unsent
         self._space = min(self.stream.connection.send_high_water - unsent, machine.room)
+        if self._closed or machine.finished or machine.ended is not None:
+            self._space = 0
         return self._space <= 0
 
     async def _room(self) -> None:
@@ -437,6 +444,7 @@ class SessionStream(OverlayStream):
         session lives until it has everything, for some seconds at most."""
         if not self._closed:
             self._closed = True
+            self._space = 0
             now = trio.current_time()
             if self.machine.ended is None:
                 self.machine.close(now)
@@ -523,6 +531,9 @@ class SessionStream(OverlayStream):
             self._readable.wake()
         if self._writable.task is not None and (ended or self._closed or not self._full()):
             self._writable.wake()
+            self._space = 0  # until that one has had its turn
+        elif ended:
+            self._space = 0
         if machine.deadline < self.armed:
             self._owner.rearm(self)
 
