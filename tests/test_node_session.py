@@ -861,4 +861,5 @@ async def test_a_connection_from_where_nobody_listens_is_not_asked_when_the_netw
         host.extra.append("/ip4/11.0.0.33/tcp/1")
         host.changed.set()
         await trio.lowlevel.checkpoint()
+        assert "/ip4/11.0.0.33/tcp/1" in alice.swarm.listen_addresses(), "it has looked"
         assert not alice._checking

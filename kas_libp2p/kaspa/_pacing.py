@@ -62,7 +62,7 @@ class Pacing:
         kind = number if number is not None and number < _KINDS else 0
         empty_at = max(now, self._empty_at.get(kind, now))
         held = (empty_at - now) * RATE
-        if held > ROUTE - 0.5:  # no place for one more; less than half of one is an error of floats
+        if held > ROUTE - 0.5:  # no place for one more; the half allows for rounding
             return (held - ROUTE / 2) / RATE  # half of them at a time: few pauses
         self._empty_at[kind] = empty_at + 1 / RATE
         return 0.0

@@ -522,12 +522,14 @@ class Session:
 
     def close(self, now: float) -> None:
         """End it in order: what was written is delivered, what comes is thrown away. Over within `LINGER`."""
-        if self.ended is not None or self.closed:
+        if self.closed:
+            return
+        self._unread.clear()
+        self.unread = self._read_head = 0
+        if self.ended is not None:
             return
         self.closed = True
         self._linger_at = now + LINGER
-        self._unread.clear()
-        self.unread = self._read_head = 0
         self.ack_due = True
         self.finish(now)
         self._schedule(now)
@@ -1133,7 +1135,9 @@ class Session:
         if len(self._paths) > 1:
             for entry in list(self._paths):
                 if entry.ended:
-                    if entry.low < received and entry.high > before:  # of what went by it, something has come
+                    if (
+                        entry.low < received + self._fin_acked and entry.high > before
+                    ):  # of what went by it, something has come
                         entry.heard = now
                     self._look_over(entry)
         if self._fin_acked:

@@ -409,7 +409,7 @@ class Sessions:
                 except Exception as error:  # noqa: BLE001 - one session is isolated from all others
                     self.failed(session, error)
                 self.rearm(session)
-            if now >= self._measure_at:  # whatever holds something owes something, and has a timer for that
+            if now >= self._measure_at:  # whatever holds something has a timer, or had one when it ended
                 self._measure_at = now + MEASURE_EVERY
                 self._bound_memory(now)
 

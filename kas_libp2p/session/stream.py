@@ -342,9 +342,10 @@ class SessionStream(OverlayStream):
         machine, path = self.machine, self._path
         unsent = machine.unsent if path is None else machine.unsent + path.stream.unsent
         self._space = min(self.stream.connection.send_high_water - unsent, machine.room)
+        full = self._space <= 0
         if self._closed or machine.finished or machine.ended is not None:
-            self._space = 0
-        return self._space <= 0
+            self._space = 0  # nobody has to wait, and nobody may write
+        return full
 
     async def _room(self) -> None:
         if self._path is not None:
@@ -446,8 +447,7 @@ class SessionStream(OverlayStream):
             self._closed = True
             self._space = 0
             now = trio.current_time()
-            if self.machine.ended is None:
-                self.machine.close(now)
+            self.machine.close(now)
             self.settle(now)
         await checkpoint()
 
@@ -490,6 +490,7 @@ class SessionStream(OverlayStream):
             path.stream.reset()
         self._paths.clear()
         self._path = None
+        self._space = 0
         self._readable.wake()
         self._writable.wake()
 
@@ -531,7 +532,7 @@ class SessionStream(OverlayStream):
             self._readable.wake()
         if self._writable.task is not None and (ended or self._closed or not self._full()):
             self._writable.wake()
-            self._space = 0  # until that one has had its turn
+            self._space = 0  # the next write has to look; and if it has ended, it is refused
         elif ended:
             self._space = 0
         if machine.deadline < self.armed:

@@ -42,7 +42,7 @@ MAX_STEP = 64
 """Ports between two connections up to which a NAT seems to count: ours are not the only ones."""
 MAX_STEP_AT_ONCE = 16
 """The same of two that were made together, as a node's first ones are. Nobody knows their order, so they are taken as
-sorted: three out of a block of 512 would look like a count once in 12 times with `MAX_STEP`, and do once in 180."""
+sorted: three out of a block of 512 would look like a count one time in 12 with `MAX_STEP`; with this, one in 180."""
 QUIET = 30.0
 """Seconds in which no stranger's connection was seen, as it were, before the first sighting: two in one instant don't
 make a thousand in a minute."""
@@ -101,7 +101,7 @@ class Nat:
     Attributes:
         mapping, ports, filtering, unsolicited: see there.
         lifetime: seconds after which an idle mapping was seen to be gone; ``None``: never seen.
-        sightings: where it counts ports up, its latest ones, the oldest first.
+        sightings: where it counts ports up, or draws them from a block, its latest ones, the oldest first.
     """
 
     mapping: Mapping = Mapping.UNKNOWN

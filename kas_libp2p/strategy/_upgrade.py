@@ -349,10 +349,11 @@ class Upgrades:
         return record.intent if record is not None else None
 
     def tries_many(self, peer: PeerId, attempt: int) -> bool:
-        """Whether nothing but many ports at once can work with a peer, as far as is known, and both sides agreed to it.
+        """Whether many ports are to be tried at once: nothing else can work, or a guess has failed, and both sides agreed
+        to it.
 
         Args:
-            attempt: counts from 1. Where a first one has failed to guess ports, they may be drawn.
+            attempt: counts from 1.
         """
         intent = self.theirs(peer)
         if intent is None or not (self._config.birthday and intent.birthday):

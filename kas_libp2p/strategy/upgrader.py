@@ -31,7 +31,7 @@ from kas_libp2p.metadata import PathKind, PeerId
 from kas_libp2p.statefile import StateFile
 from kas_libp2p.strategy._intent import Answer, Intent
 from kas_libp2p.strategy._memory import Cause, Memory
-from kas_libp2p.strategy._nat import PREDICTED, Dice, NatFacts, Ports, keepalive, predict, spread
+from kas_libp2p.strategy._nat import PREDICTED, Dice, Nat, NatFacts, Ports, keepalive, may_draw, predict, spread
 from kas_libp2p.strategy._plan import ConnectionStrategy, Way
 from kas_libp2p.strategy._upgrade import Command, Drop, Prove, Replace, Stop, Try, Upgrades, UpgradeStatus, told_event
 from kas_libp2p.strategy._why import Facts, History, explain
@@ -228,7 +228,7 @@ class Upgrader:
                 await asking.wait()
 
     def tries_many(self, peer: PeerId) -> bool:
-        """Whether nothing but many ports at once can work in the present attempt, and both sides agreed to try that."""
+        """Whether many ports are to be tried in the present attempt; see `UpgradeMachine.tries_many`."""
         return self._machine.tries_many(peer, self._aimed.get(peer, 0))
 
     def aim(self, peer: PeerId, targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -264,13 +264,13 @@ class Upgrader:
             return ()
         counts = nat.ports is Ports.SEQUENTIAL and self._config.predict
         found = predict(nat.sightings, min(attempt * PREDICTED, MOST_PREDICTED)) if counts else ()
-        if spreads and nat.mapping is Mapping.DEPENDENT:
+        if spreads and _draws(nat):
             found += spread(nat, self._dice).ports
         return tuple(dict.fromkeys(found))
 
     def _sources(self, ip: str) -> int:
         nat = self._ours()[0].of(6 if ":" in ip else 4)
-        return spread(nat, self._dice).sockets if nat is not None and nat.mapping is Mapping.DEPENDENT else 0
+        return spread(nat, self._dice).sockets if nat is not None and _draws(nat) else 0
 
     def _may_spread(self, peer: PeerId) -> bool:
         return self._spreads.take(None, trio.current_time()) and self._spread_with.take(peer, trio.current_time())
@@ -513,6 +513,11 @@ async def _loaded_ping(connection: Connection) -> float:
                 if not left:
                     return trio.current_time() - started
     return await connection.ping()
+
+
+def _draws(nat: Nat) -> bool:
+    """Whether a NAT's ports are to be looked for among many: not if it counts them up and fits no block."""
+    return nat.mapping is Mapping.DEPENDENT and (nat.ports is not Ports.SEQUENTIAL or may_draw(nat))
 
 
 def _cause_of(outcome: Outcome) -> Cause:

@@ -209,7 +209,9 @@ class Connection:
         self._closing: str | None = None
         self._aborted = False
         self._delivered = 0
-        self._pinged_at = 0  # bytes on the wire, and about to be, when the ping was sent that is waited for
+        self._pinged_at = (
+            0  # what is delivered once all that was sent before the ping that is waited for has reached the peer's host
+        )
         self._finished = False
         self._drained: trio.Event | None = None
         self._pings: dict[int, trio.Event] = {}
@@ -691,7 +693,8 @@ class Connection:
         if self.close_reason is not None:
             raise ConnectionLost(self.close_reason)
         if not self._machine.pinging:
-            self._pinged_at = self.delivered + self.undelivered
+            self._delivered = self.delivered
+            self._pinged_at = self._delivered + self.undelivered
         value = self._machine.ping(trio.current_time())
         event = self._pings[value] = trio.Event()
         self.flush_soon()

@@ -232,7 +232,8 @@ class CircuitPipe:
 
     def undelivered(self) -> int:
         """Bytes of this circuit that have not reached the relay's host; see `RawConnection`."""
-        return max(0, self._mark - self.delivered()) + self._state.queued if not self.closed else 0
+        delivered = self.delivered()  # which brings the mark up to date
+        return max(0, self._mark - delivered) + self._state.queued if not self.closed else 0
 
     # Ending
 

@@ -91,8 +91,8 @@ _TAKEN = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ECONNRESET})
 other side noticed crossed SYNs before we did."""
 
 DIALS_FROM_LISTEN_PORT = 2
-"""Dials from the listen port, if it can't be told whether the first one's SYNs crossed or were answered twice. With a
-port that nobody else has seen us at, no peer of this relay could be met by a punch."""
+"""Dials from the listen port, if it can't be told whether the first one's SYNs crossed or were answered twice. Dialed
+from another port, a relay would see us where nobody else does, and none of its peers could meet us by a punch."""
 
 _DISCARD_AT_CLOSE = 256 * KIB
 """Bytes of unread input to throw away before closing."""
@@ -492,11 +492,12 @@ class Dialer:
             raise AddressError(f"this machine has no route to {ip}")
         if self.on_contact is not None:
             self.on_contact(ip.partition("%")[0])
+        again = False
         for _ in range(DIALS_FROM_LISTEN_PORT):
             try:
                 raw = await _connect(target, local)
             except OSError as error:
-                if only or error.errno not in _TAKEN:
+                if only or not (again or error.errno in _TAKEN):
                     raise
                 return None
             if only or not _crossed(raw.socket):
@@ -603,7 +604,8 @@ def _crossed(sock: socket.socket) -> bool:
     """Whether a connection just made came from crossed SYNs.
 
     An ordinary one has seen one segment without data, the SYN-ACK; one from crossed SYNs a SYN and a SYN-ACK. A
-    repeated SYN-ACK looks the same and costs a needless second dial: from the listen port if `_sent_again` explains it.
+    repeated SYN-ACK looks the same and costs a needless dial: from the listen port where our SYN was sent again
+    (`_sent_again`), else from any.
     """
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SEGMENTS_AT + _INFO_SEGMENTS.size)
     if len(info) < _INFO_SEGMENTS_AT + _INFO_SEGMENTS.size or info[0] != _ESTABLISHED:

@@ -361,8 +361,9 @@ async def test_a_client_that_never_reads_is_dropped(tmp_path: Path, mock_clock: 
             assert it.server._open >= 1, "another one waited for it"
             await wait_all_tasks_blocked()
             mock_clock.jump(control.WRITE_TIMEOUT)
-            while it.server._open:
+            for _ in range(1000):
                 await trio.lowlevel.checkpoint()
+            assert not it.server._open
 
 
 async def test_a_watcher_that_never_reads_loses_events_and_is_dropped(

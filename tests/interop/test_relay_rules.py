@@ -24,8 +24,8 @@ from tests.relay.scripted import Told
 MIB = 1 << 20
 SECONDS = 4
 """What a circuit lasts whose time is to end: more than it takes to use it, on a machine that holds somebody up."""
-CLOCKS = 0.05
-"""Seconds by which two clocks differ over that time."""
+CLOCKS, HELD_UP = 0.05, 10.0
+"""Seconds by which two clocks differ over that time, and for which a busy machine may hold somebody up."""
 TO_ONESELF = {"go": "CONNECTION_FAILED", "js": "CONNECTION_FAILED", "rust": "PERMISSION_DENIED"}
 """What relays make of our "no" to a circuit that we asked for ourselves: all of them ask."""
 FOREIGN = ["go", "js"]
@@ -162,7 +162,7 @@ async def test_ours_at_their_limit_of_seconds(kind: str, programs: Programs) -> 
         (here,) = caller.swarm.connections_to(called.peer)
         with trio.fail_after(PATIENCE):
             await here.connection.wait_closed()
-        assert trio.current_time() - began > SECONDS - CLOCKS
+        assert SECONDS - CLOCKS < trio.current_time() - began < SECONDS + HELD_UP
         # js tells 4000 seconds, in which we can't see that it means four
         assert ("ended the circuit" if kind == "js" else f"its {SECONDS} s are over") in str(
             here.connection.close_reason
@@ -259,12 +259,12 @@ async def test_theirs_at_our_limit_of_bytes(kind: str, programs: Programs) -> No
 @pytest.mark.parametrize("kind", FOREIGN)
 async def test_theirs_at_our_limit_of_seconds(kind: str, programs: Programs) -> None:
     async with their_circuit(kind, programs, max_circuit_seconds=SECONDS) as (caller, called, told):
-        if kind == "js":  # it tells what is left when it tells: thousands, or nothing, if it took the unit for another
+        if kind == "js":  # what is left by then; had it mistaken the unit, thousands, or 0
             assert 0 < (await caller.process.wait("connected", peer=called.peer))["seconds"] <= SECONDS
         await eventually(lambda: bool(told.of(CircuitClosed)))
         (closed,) = told.of(CircuitClosed)
         assert closed.reason == "max_circuit_seconds"
-        assert closed.seconds > SECONDS - CLOCKS
+        assert SECONDS - CLOCKS < closed.seconds < SECONDS + HELD_UP
 
 
 def numbers(node: Node, peer: str) -> list[int]:

@@ -139,7 +139,7 @@ async def test_rust_at_the_limit_of_seconds(rust_binary: Path) -> None:
         await caller.wait("disconnected", peer=called.peer)
         closed = (await until(told, CircuitClosed))[0]
         assert closed.reason == "max_circuit_seconds"
-        assert closed.seconds > 3.9
+        assert 3.9 < closed.seconds < 14, "a busy machine may hold us up"
 
 
 # Our peers, rust's relay

@@ -259,3 +259,60 @@ async def test_the_end_has_a_word(autojump_clock: MockClock) -> None:
             await theirs.receive_some()
         assert not lost.value.by_peer
         assert not s.a.bus.of(InternalError)
+
+
+async def test_nothing_is_written_to_a_session_that_a_mistake_of_ours_has_ended(autojump_clock: MockClock) -> None:
+    async with sides() as s:
+        ours, theirs = await s.session()
+        await ours.send_all(b"x")
+        await theirs.receive_some()
+        s.a.sessions.failed(ours, RuntimeError("a mistake"))
+        with pytest.raises(SessionLost):
+            await ours.send_all(b"lost")
+
+
+async def test_an_end_between_the_wake_of_a_writer_and_its_turn(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be two tasks' mistake; the answer is not to wait for ever."""
+    settle = SessionStream.settle
+    written: list[str] = []
+    async with sides() as s:
+        ours, theirs = await s.session()
+        await ours.send_all(b"x")
+        await theirs.receive_some()
+
+        def hooked(session: SessionStream, now: float) -> None:
+            waits = session._writable.task is not None
+            settle(session, now)
+            if session is ours and waits and session._writable.task is None:
+                monkeypatch.setattr(SessionStream, "settle", settle)
+                session.machine.finish(now)  # what `send_eof` does behind its checkpoint
+                session._space = 0
+                settle(session, now)
+
+        monkeypatch.setattr(SessionStream, "settle", hooked)
+
+        async def write() -> None:
+            await ours.send_all(bytes(MIB))
+            written.append("all")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await wait_all_tasks_blocked()
+            with trio.fail_after(60):
+                while await theirs.receive_some():
+                    pass
+            assert written == ["all"]
+
+
+async def test_closed_behind_its_end_it_holds_nothing(autojump_clock: MockClock) -> None:
+    async with sides(a=configured(patience=1.0), b=configured(patience=1.0)) as s:
+        ours, theirs = await s.session()
+        await ours.send_all(bytes(100_000))
+        await trio.sleep(1)
+        s.a.connections[0].abort()
+        await trio.sleep(100)
+        assert (theirs.over, theirs.held) == (True, 100_000)
+        await theirs.aclose()
+        assert theirs.held == 0

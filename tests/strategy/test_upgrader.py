@@ -514,6 +514,20 @@ async def test_after_a_wrong_guess_ports_that_seem_to_be_counted_may_be_drawn(
         assert alice.tries_many(BOB.peer_id)
 
 
+async def test_at_a_nat_that_counts_for_certain_many_ports_are_not_tried(autojump_clock: trio.abc.Clock) -> None:
+    """Though they may be at the other one's."""
+    crossing = [Sighting(9.0 - index, port) for index, port in enumerate((40958, 40959, 40961))]  # two blocks
+    async with world(birthday=True) as here:
+        here.bob.facts = SYMSEQ
+        here.alice.facts = NatFacts(replace(nat_of("symseq"), sightings=tuple(crossing)))
+        here.alice.upgrader._machine._config = replace(PunchConfig(), birthday=True)
+        here.up(here.circuit)
+        await trio.sleep(0.12)
+        for attempt in (1, 2):
+            aimed = here.bob.upgrader.aim(ALICE.peer_id, [target("/ip4/11.2.0.1/tcp/40962")])
+            assert len(aimed) == attempt * PREDICTED
+
+
 async def test_nothing_is_guessed_where_that_is_switched_off(autojump_clock: trio.abc.Clock) -> None:
     async with world(predict=False) as here:
         here.alice.facts = SYMSEQ

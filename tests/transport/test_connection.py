@@ -752,6 +752,19 @@ async def test_what_is_sent_behind_a_ping_says_nothing(autojump_clock):
         assert alice.close_reason == "the peer said nothing and left a ping unanswered for 10 s"
 
 
+async def test_what_arrived_long_before_a_ping_says_nothing_of_it(autojump_clock):
+    raws = memory_pair(capacity=1 << 20)
+    alice, _ = await upgraded(raws)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run, alice)  # bob does not run
+        stream = await alice.open_stream()
+        await stream.send_all(bytes(1000))
+        await trio.sleep(5)
+        with pytest.raises(ConnectionLost, match="unanswered for 10 s"):
+            await alice.ping()
+        assert trio.current_time() == pytest.approx(15)
+
+
 async def test_a_ping_that_is_never_answered(autojump_clock):
     raws = memory_pair()
     alice, _ = await upgraded(raws)
