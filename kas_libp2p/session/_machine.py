@@ -1135,10 +1135,8 @@ class Session:
         if len(self._paths) > 1:
             for entry in list(self._paths):
                 if entry.ended:
-                    if (
-                        entry.low < received + self._fin_acked and entry.high > before
-                    ):  # of what went by it, something has come
-                        entry.heard = now
+                    if entry.low < received + self._fin_acked and entry.high > before:
+                        entry.heard = now  # something of what went by it has come
                     self._look_over(entry)
         if self._fin_acked:
             self._look_ended()

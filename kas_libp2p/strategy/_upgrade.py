@@ -349,8 +349,8 @@ class Upgrades:
         return record.intent if record is not None else None
 
     def tries_many(self, peer: PeerId, attempt: int) -> bool:
-        """Whether many ports are to be tried at once: nothing else can work, or a guess has failed, and both sides agreed
-        to it.
+        """Whether many ports are to be tried at once: nothing else can work, or a guess has failed, and both sides have
+        agreed to it.
 
         Args:
             attempt: counts from 1.

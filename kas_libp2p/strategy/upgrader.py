@@ -228,7 +228,7 @@ class Upgrader:
                 await asking.wait()
 
     def tries_many(self, peer: PeerId) -> bool:
-        """Whether many ports are to be tried in the present attempt; see `UpgradeMachine.tries_many`."""
+        """Whether many ports are to be tried in the present attempt; see `Upgrades.tries_many`."""
         return self._machine.tries_many(peer, self._aimed.get(peer, 0))
 
     def aim(self, peer: PeerId, targets: Sequence[Target]) -> tuple[Target, ...]:

@@ -209,9 +209,7 @@ class Connection:
         self._closing: str | None = None
         self._aborted = False
         self._delivered = 0
-        self._pinged_at = (
-            0  # what is delivered once all that was sent before the ping that is waited for has reached the peer's host
-        )
+        self._pinged_at = 0  # what `delivered` is once all that went before the ping reached the peer's host
         self._finished = False
         self._drained: trio.Event | None = None
         self._pings: dict[int, trio.Event] = {}
