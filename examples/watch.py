@@ -48,4 +48,5 @@ async def main(targets: list[str]) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        trio.run(main, sys.argv[1:])
+        # Else Ctrl-C interrupts whatever runs just then, such as the task of a connection, which ends by that.
+        trio.run(main, sys.argv[1:], restrict_keyboard_interrupt_to_checkpoints=True)
