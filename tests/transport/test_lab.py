@@ -126,6 +126,7 @@ class Node:
     def __init__(self, namespace: Namespace, *arguments: str) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = namespace.popen([sys.executable, "-c", NODE, *arguments], **pipes)
+        self._killed = False
 
     def read(self) -> Any:
         assert self._process.stdout is not None
@@ -138,6 +139,7 @@ class Node:
         self._process.stdin.flush()
 
     def kill(self) -> None:
+        self._killed = True
         self._process.kill()
 
     def __enter__(self) -> Node:
@@ -148,7 +150,8 @@ class Node:
             self._process.kill()
         with self._process:
             pass
-        assert self._process.returncode in (0, -signal.SIGKILL) or error[0] is not None
+        expected = -signal.SIGKILL if self._killed else 0
+        assert self._process.returncode == expected or error[0] is not None
 
 
 def dial_each_other(version: int, source: str) -> tuple[tuple[str, str], list[dict[str, str]]]:
